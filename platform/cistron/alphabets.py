@@ -1,0 +1,104 @@
+"""The letters of DNA and protein: codes, complements and the checks at the door.
+
+All magic letters of Cistron live here. Validation names the record, the 1-based position and the letter, because a
+refused sequence must be findable in a file of a million others.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from cistron.errors import SequenceError
+
+NUCLEOTIDES: Final = "ACGT"
+"""The four bases; what Evo 2 generates unless asked otherwise."""
+
+IUPAC_NUCLEOTIDES: Final = "ACGTNRYSWKMBDHV"
+"""Bases, N, and the IUPAC ambiguity codes (Cornish-Bowden 1985, doi:10.1093/nar/13.9.3021)."""
+
+SPLICE_JOIN: Final = "@"
+CONTIG_SPLIT: Final = "#"
+TAG_DELIMITER: Final = "|"
+"""Control characters of Evo 2's corpus: exon join, contig split, and the delimiter of a phylogenetic tag."""
+
+STANDARD_AMINO_ACIDS: Final = "ACDEFGHIKLMNPQRSTVWY"
+"""The 20 residues coded by the standard genetic code."""
+
+AMINO_ACIDS: Final = STANDARD_AMINO_ACIDS + "XBUZO"
+"""Standard residues plus unknown, Asx, selenocysteine, Glx and pyrrolysine: every residue ESM-2 has a token for."""
+
+MASK: Final = "<mask>"
+
+_COMPLEMENT: Final = str.maketrans("ACGTNRYSWKMBDHVacgtnryswkmbdhv", "TGCANYRSWMKVHDBtgcanyrswmkvhdb")
+_DNA: Final = re.compile(rf"(?:[{IUPAC_NUCLEOTIDES}{IUPAC_NUCLEOTIDES.lower()}@#]+|\|[ -{{}}~]*(?:\||\Z))*")
+_PROTEIN: Final = re.compile(rf"(?:[{AMINO_ACIDS}{AMINO_ACIDS.lower()}]|{MASK})*")
+
+
+def reverse_complement(sequence: str) -> str:
+    """Return the reverse complement; case is kept and ambiguity codes are complemented.
+
+    >>> reverse_complement("AACGTRn")
+    'nYACGTT'
+    """
+    return sequence[::-1].translate(_COMPLEMENT)
+
+
+def validate_dna(sequence: str, *, name: str = "sequence", max_length: int | None = None) -> str:
+    """Return `sequence` unchanged when Evo 2 can read it.
+
+    Allowed are A C G T N, the IUPAC codes, lower case (kept), ``@``, ``#``, and tags between two ``|``, whose inside is
+    any printable ASCII text.
+
+    Raises:
+        SequenceError: empty, longer than `max_length`, or a letter outside the alphabet; names letter and position.
+    """
+    _check_length(sequence, name=name, max_length=max_length, unit="nt")
+    end = _match_end(_DNA, sequence)
+    if end == len(sequence):
+        return sequence
+    letter = sequence[end]
+    hint = ""
+    if letter in "Uu":
+        hint = "; this looks like RNA: write T for U"
+    elif letter.upper() in AMINO_ACIDS:
+        hint = "; this looks like a protein, and the model reads DNA"
+    raise SequenceError(
+        f"{name}: letter {letter!r} at position {end + 1} is not in the DNA alphabet "
+        f"({IUPAC_NUCLEOTIDES}, lower case, '@', '#', tags between '|'){hint}"
+    )
+
+
+def validate_protein(sequence: str, *, name: str = "sequence", max_length: int | None = None) -> str:
+    """Return `sequence` in upper case when ESM-2 has a token for each residue; ``<mask>`` may stand for a residue.
+
+    Raises:
+        SequenceError: empty, longer than `max_length` residues, or a letter outside the alphabet.
+    """
+    _check_length(sequence.replace(MASK, "X"), name=name, max_length=max_length, unit="residues")
+    end = _match_end(_PROTEIN, sequence)
+    if end < len(sequence):
+        letter = sequence[end]
+        raise SequenceError(
+            f"{name}: letter {letter!r} at position {end + 1} is not in the protein alphabet "
+            f"({AMINO_ACIDS}, lower case, {MASK}){_protein_hint(letter)}"
+        )
+    return MASK.join(part.upper() for part in sequence.split(MASK))
+
+
+def _protein_hint(letter: str) -> str:
+    hints = {"*": "; remove the stop", "-": "; remove alignment gaps", ".": "; remove alignment gaps"}
+    return "; write X for J (Leu or Ile)" if letter in "Jj" else hints.get(letter, "")
+
+
+def _check_length(sequence: str, *, name: str, max_length: int | None, unit: str) -> None:
+    if not sequence:
+        raise SequenceError(f"{name}: the sequence is empty")
+    if max_length is not None and len(sequence) > max_length:
+        raise SequenceError(f"{name}: {len(sequence):,} {unit} is longer than the limit of {max_length:,}")
+
+
+def _match_end(pattern: re.Pattern[str], sequence: str) -> int:
+    match = pattern.match(sequence)
+    assert match is not None, "a starred pattern matches at least the empty string"
+    return match.end()
