@@ -25,5 +25,6 @@ check: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks
 
+# make serve MODEL=runs/first/export
 serve: $(VENV)/.ready
-	$(BIN)/cistron serve
+	$(BIN)/cistron serve model=$(MODEL)

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final, get_type_hints
 
-from cistron.io.storage import read_text
-
 from cistron import __version__
 from cistron.config import Config, help_text, merge, parse_overrides, parse_yaml, resolve
 from cistron.errors import CistronError, nearest
+from cistron.io.storage import read_text
 
 JOBS: Final = {
     "convert": "convert a checkpoint between formats",
@@ -48,7 +47,9 @@ def main(words: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     if name not in JOBS:
         return _fail(f"unknown job {name!r}{nearest(name, JOBS)} (known: {', '.join(JOBS)})", EXIT_USAGE)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    for package in ("cistron", "cistron_jobs", "cistron_serve"):
+        logging.getLogger(package).setLevel(logging.INFO)
     try:
         return _run(name, rest)
     except CistronError as error:

@@ -44,11 +44,11 @@ def reverse_complement(sequence: str) -> str:
     return sequence[::-1].translate(_COMPLEMENT)
 
 
-def validate_dna(sequence: str, *, name: str = "sequence", max_length: int | None = None) -> str:
+def validate_dna(sequence: str, *, name: str = "sequence", max_length: int | None = None, offset: int = 0) -> str:
     """Return `sequence` unchanged when Evo 2 can read it.
 
     Allowed are A C G T N, the IUPAC codes, lower case (kept), ``@``, ``#``, and tags between two ``|``, whose inside is
-    any printable ASCII text.
+    any printable ASCII text. `offset` is the number of letters before this part of a longer record.
 
     Raises:
         SequenceError: empty, longer than `max_length`, or a letter outside the alphabet; names letter and position.
@@ -64,7 +64,7 @@ def validate_dna(sequence: str, *, name: str = "sequence", max_length: int | Non
     elif letter.upper() in AMINO_ACIDS:
         hint = "; this looks like a protein, and the model reads DNA"
     raise SequenceError(
-        f"{name}: letter {letter!r} at position {end + 1} is not in the DNA alphabet "
+        f"{name}: letter {letter!r} at position {offset + end + 1} is not in the DNA alphabet "
         f"({IUPAC_NUCLEOTIDES}, lower case, '@', '#', tags between '|'){hint}"
     )
 

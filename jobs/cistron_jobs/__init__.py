@@ -1,0 +1,1 @@
+"""Programs: each module is a configuration class and ``run(config)``."""

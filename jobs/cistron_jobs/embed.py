@@ -1,0 +1,61 @@
+"""Embed the sequences of a FASTA file: one vector, or one per token, and one column per layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from cistron.inference.embed import Embedding, Layer, Pooling, embed_sequences
+from cistron.io.fasta import FastaRecord
+from cistron.models.base import SequenceModel
+from cistron.models.naming import canonical_layer
+from cistron_jobs.inference_job import RecordJobConfig, open_record_job, write_parquet
+
+
+class EmbedConfig(RecordJobConfig):
+    """Settings of ``cistron embed``."""
+
+    layers: tuple[int | str, ...] = (-1,)
+    """Layers by index or name (embedding, blocks.3, final_norm); -1 is final_norm."""
+    pooling: Pooling = "mean"
+    """mean, cls (ESM-2) or last: one vector per record; none: one per nucleotide or residue."""
+
+
+def run(config: EmbedConfig) -> str:
+    """Embed every record into columns name, num_tokens and one per layer, by its full name; return the output.
+
+    Raises:
+        CistronError: an input that cannot be used; no output is left behind.
+    """
+    model, batches = open_record_job(config)
+    write_parquet(config.output, (_embedded(model, batch, config) for batch in batches))
+    return config.output
+
+
+def _embedded(model: SequenceModel, records: list[FastaRecord], config: EmbedConfig) -> pa.Table:
+    embeddings = embed_sequences(
+        model,
+        [record.sequence for record in records],
+        layers=config.layers,
+        pooling=config.pooling,
+        token_budget=config.token_budget,
+    )
+    columns = {
+        "name": pa.array([record.name for record in records], pa.string()),
+        "num_tokens": pa.array([embedding.num_tokens for embedding in embeddings], pa.int64()),
+    }
+    for layer in config.layers:
+        name = canonical_layer(layer, num_layers=len(model.blocks))
+        columns[name] = _vectors(embeddings, layer, per_token=config.pooling == "none")
+    return pa.table(columns)
+
+
+def _vectors(embeddings: list[Embedding], layer: Layer, *, per_token: bool) -> pa.Array:
+    """Return one fixed-size float32 list per record, or with `per_token` a list of such per record."""
+    arrays = [np.atleast_2d(embedding.vectors[layer]) for embedding in embeddings]
+    width = arrays[0].shape[1]
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(arrays).ravel()), width)
+    if not per_token:
+        return vectors
+    offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int64)
+    return pa.LargeListArray.from_arrays(offsets, vectors)

@@ -1,0 +1,219 @@
+"""Sequence files to a corpus, as a Ray Data pipeline.
+
+One task reads one file (or one row group of Parquet) in bounded memory; rows are validated, tokenised and cut where
+they are read. Each split is then gathered into shards of equal row counts, in the order of the input, and each shard is
+written by the task that holds it. The driver sees only lengths and hashes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import pyarrow as pa
+import ray.data
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from cistron.data.index import Alphabet, CorpusManifest, read_manifest
+from cistron.data.rows import RowFormat, SourceFile, find_sources, read_rows
+from cistron.data.shards import WrittenShard, commit, rows_to_tables, split_mask, write_shard
+from cistron.errors import CistronError, ConfigError
+from cistron.io import storage
+from cistron.io.storage import PathLike
+
+_LOG = logging.getLogger(__name__)
+
+TRAIN: Final = "train"
+VALID: Final = "valid"
+
+ROW_LENGTH: Final = 131_072
+"""Default DNA row in nt: also the distance between phylogenetic tags in Evo 2's corpus."""
+
+VALIDATION_FRACTION: Final = 0.01
+"""Default share of the rows that is held out."""
+
+_GROUP_LETTERS: Final = 1 << 20
+_PROTEINS_PER_GROUP: Final = 256
+_PROTEINS_PER_SHARD: Final = 131_072
+_SHARD_LETTERS: Final = 64 << 20
+
+
+class SequenceSource(Datasource):
+    """Rows of sequence files, validated and tokenised, in the order of the files."""
+
+    def __init__(self, sources: Sequence[SourceFile], form: RowFormat) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._sources = sources
+        self._form = form
+
+    def estimate_inmemory_data_size(self) -> None:
+        """Return nothing: how far a compressed file unpacks is not known before it is read."""
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: object = None
+    ) -> list[ReadTask]:
+        """Return one task per file or row group, whatever parallelism Ray would like."""
+        unknown = BlockMetadata(None, None, None, None)
+        return [ReadTask(partial(_read, source, self._form), unknown) for source in self._sources]
+
+
+def prepare_corpus(
+    inputs: Sequence[PathLike],
+    output: PathLike,
+    *,
+    alphabet: Alphabet,
+    row_length: int = ROW_LENGTH,
+    rows_per_shard: int | None = None,
+    validation_fraction: float = VALIDATION_FRACTION,
+    seed: int = 0,
+    sequence_column: str = "sequence",
+    name_column: str | None = None,
+) -> CorpusManifest:
+    """Write the corpus `output` from `inputs`: all of it, or nothing.
+
+    The same input and settings give the same bytes, on any number of machines. Whether a row is for validation is
+    decided by a hash of the seed, its record's name and its start.
+
+    Args:
+        inputs: FASTA (plain or gzip) or Parquet files, or folders of them; local or URLs.
+        output: folder to make.
+        alphabet: what the letters are.
+        row_length: longest DNA row in nt; proteins are never cut here.
+        rows_per_shard: ``None`` chooses about 64 Mi letters of DNA, or 131,072 proteins.
+        validation_fraction: share of the rows in the split ``valid``; 0 makes none.
+        seed: of the split.
+        sequence_column: Parquet column of the letters.
+        name_column: Parquet column of the names; ``None`` names a record by its file and row.
+
+    Raises:
+        InputError: a missing, empty, malformed or damaged file; a name twice in one file; `output` exists.
+        SequenceError: a letter outside the alphabet; names file, record and position.
+        ConfigError: a setting is out of range.
+    """
+    if not inputs or row_length < 2 or not 0 <= validation_fraction < 1:
+        raise ConfigError(
+            "prepare_data needs at least one input, row_length of 2 or more and validation_fraction in [0, 1), got "
+            f"{list(inputs)}, {row_length}, {validation_fraction}"
+        )
+    form = RowFormat(alphabet, row_length, sequence_column, name_column)
+    sources = find_sources([str(path) for path in inputs], form)
+    rows_per_shard = rows_per_shard or _rows_per_shard(form)
+    with storage.new_folder(output) as folder:
+        pipeline = _Pipeline(
+            sources=sources,
+            form=form,
+            folder=storage.absolute(folder),
+            rows_per_shard=rows_per_shard,
+            rows_per_group=min(rows_per_shard, _rows_per_group(form)),
+            validation_fraction=validation_fraction,
+            seed=seed,
+        )
+        written = {split: pipeline.run(split) for split in ((TRAIN, VALID) if validation_fraction else (TRAIN,))}
+        names = tuple(storage.name_of(path) for path in inputs)
+        commit(folder, written, paths=_paths(sources), manifest=pipeline.manifest(names))
+    return _summarise(output)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pipeline:
+    """What every split is written with."""
+
+    sources: Sequence[SourceFile]
+    form: RowFormat
+    folder: str
+    rows_per_shard: int
+    rows_per_group: int
+    validation_fraction: float
+    seed: int
+
+    def run(self, split: str) -> list[WrittenShard]:
+        """Write the shards of one split."""
+        storage.make_dirs(storage.join(self.folder, split))
+        dataset = ray.data.read_datasource(
+            SequenceSource(self.sources, self.form), override_num_blocks=len(self.sources)
+        )
+        dataset.context.execution_options.preserve_order = True
+        select = partial(_select, split=split, seed=self.seed, validation_fraction=self.validation_fraction)
+        write = partial(_write, folder=self.folder, split=split, rows_per_group=self.rows_per_group)
+        options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+        dataset = dataset.map_batches(select, **options)
+        dataset = dataset.repartition(target_num_rows_per_block=self.rows_per_shard, strict=True)
+        dataset = dataset.map_batches(write, **options)
+        try:
+            reports = list(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+        except Exception as error:
+            raise _cause(error) from error
+        return [shard for report in reports for shard in WrittenShard.from_table(report)]
+
+    def manifest(self, sources: tuple[str, ...]) -> dict[str, Any]:
+        """Return the fields of the manifest other than the splits."""
+        return {
+            "alphabet": self.form.alphabet,
+            "row_length": self.form.row_length if self.form.alphabet == "dna" else None,
+            "rows_per_group": self.rows_per_group,
+            "validation_fraction": self.validation_fraction,
+            "seed": self.seed,
+            "sources": sources,
+        }
+
+
+def _read(source: SourceFile, form: RowFormat) -> Iterable[pa.Table]:
+    """Read one source, on a worker."""
+    return rows_to_tables(read_rows(source, form), file_number=source.number)
+
+
+def _select(table: pa.Table, *, split: str, seed: int, validation_fraction: float) -> pa.Table:
+    """Keep the rows of one split, on a worker."""
+    held_out = split_mask(table, seed=seed, validation_fraction=validation_fraction)
+    return table.filter(pa.array(held_out if split == VALID else ~held_out))
+
+
+def _write(table: pa.Table, *, folder: str, split: str, rows_per_group: int) -> pa.Table:
+    """Write one shard, on a worker."""
+    if not table.num_rows:
+        return pa.table({})
+    return write_shard(table, folder=folder, split=split, rows_per_group=rows_per_group).to_table()
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return our own error from inside Ray's wrappers; any other failure stays as it is."""
+    inner: BaseException | None = error
+    while inner is not None:
+        for kind in type(inner).__mro__:
+            if issubclass(kind, CistronError) and kind.__module__ == CistronError.__module__:
+                # Our messages are one line here; what follows is Ray's advice on retries, which would not help.
+                return kind(str(getattr(inner, "cause", inner)).partition("\n")[0])
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return error
+
+
+def _rows_per_shard(form: RowFormat) -> int:
+    return max(1, _SHARD_LETTERS // form.row_length) if form.alphabet == "dna" else _PROTEINS_PER_SHARD
+
+
+def _rows_per_group(form: RowFormat) -> int:
+    return max(1, _GROUP_LETTERS // form.row_length) if form.alphabet == "dna" else _PROTEINS_PER_GROUP
+
+
+def _paths(sources: Sequence[SourceFile]) -> list[str]:
+    """Return the path of each file, by its number."""
+    return list({source.number: source.path for source in sources}.values())
+
+
+def _summarise(output: PathLike) -> CorpusManifest:
+    """Log what was written and return it."""
+    manifest, _ = read_manifest(output)
+    for name, split in manifest.splits.items():
+        _LOG.info(
+            "%s: %d records, %d rows, %d letters, %d shards",
+            name,
+            split.records,
+            split.rows,
+            split.letters,
+            len(split.shards),
+        )
+    return manifest

@@ -1,0 +1,1 @@
+"""Scoring, embedding, generation, variant effects and contacts: plain Python over a model, without Ray."""

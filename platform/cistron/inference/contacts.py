@@ -1,0 +1,35 @@
+"""Which residues touch: ESM-2's contact head, a logistic regression on its attention maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cistron.errors import InputError
+from cistron.inference.batching import TOKEN_BUDGET, checked_sequences, length_sorted_batches, padded
+from cistron.models.base import SequenceModel
+from cistron.models.esm2.model import Esm2
+
+
+@torch.inference_mode()
+def predict_contacts(model: SequenceModel, sequences: Iterable[str]) -> list[NDArray[np.float32]]:
+    """Return each protein's contact probabilities, float32 [L, L], symmetric, in the order of the request.
+
+    Raises:
+        InputError: the request is empty, or the model is not ESM-2.
+        SequenceError: a sequence the model cannot read; names its index, the letter and its position.
+    """
+    if not isinstance(model, Esm2):
+        raise InputError(f"contacts need an ESM-2 model, and this is {model.family}")
+    rows = [model.tokenizer.encode(sequence) for sequence in checked_sequences(model, sequences)]
+    results: dict[int, NDArray[np.float32]] = {}
+    for batch in length_sorted_batches([len(row) for row in rows], token_budget=TOKEN_BUDGET):
+        ids, mask = padded([rows[i] for i in batch], pad_id=model.tokenizer.pad_id, device=model.device)
+        contacts = model.predict_contacts(ids, attention_mask=mask).float().cpu().numpy()
+        for row, index in enumerate(batch):
+            length = len(rows[index]) - 2
+            results[index] = contacts[row, :length, :length]
+    return [results[index] for index in range(len(rows))]

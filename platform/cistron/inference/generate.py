@@ -1,0 +1,202 @@
+"""Continue DNA prompts with Evo 2, token by token, from its constant-size state.
+
+Prompts of any lengths share a batch: each row's state is that after its own last nucleotide, and each prompt draws
+from its own random stream, so a continuation does not depend on its neighbours. Long prompts enter in chunks, which
+bounds the memory of the prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cistron.errors import CapabilityError, InputError, SequenceError
+from cistron.inference.batching import checked_sequences, padded
+from cistron.inference.sampling import Sampling, generators, letter_ids, sample
+from cistron.models.base import SequenceModel
+from cistron.models.evo2.cache import Cache
+from cistron.models.evo2.model import Evo2
+from cistron.tokenizers import ByteTokenizer
+
+FinishReason: TypeAlias = Literal["length", "stop"]
+OnToken: TypeAlias = Callable[[int, int, float], None]
+"""Called with the prompt's index, the token's id and its log-probability, in the order of generation."""
+
+PREFILL_CHUNK: Final = 8192
+_MAX_ROWS: Final = 32
+"""Prompts generated together; more wait, so that a long list does not need memory for all its states at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Continuation of one prompt.
+
+    Attributes:
+        text: the generated letters, a matched stop string included.
+        token_ids: their ids.
+        logprobs: each token's log-probability under the unmodified distribution: before the alphabet's mask,
+            temperature, top-k and top-p.
+        finish_reason: ``stop`` when a stop string was generated, else ``length``.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+
+
+@torch.inference_mode()
+def generate(
+    model: SequenceModel,
+    prompts: Iterable[str],
+    *,
+    num_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 4,
+    top_p: float = 1.0,
+    seed: int | Sequence[int] | None = None,
+    allowed: str | None = "ACGT",
+    stop: str | Iterable[str] = (),
+    on_token: OnToken | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> list[Generation]:
+    """Continue each prompt by `num_tokens` tokens; results come in the order of the prompts.
+
+    Args:
+        model: an Evo 2.
+        prompts: DNA, which may hold lower case and phylogenetic tags.
+        num_tokens: tokens per prompt; fewer when a stop string comes first.
+        temperature: divides the logits; above 0.
+        top_k: choose among the k most likely tokens; 1 is greedy, 0 means all.
+        top_p: choose among the most likely tokens that together reach this probability; 1 means all.
+        seed: one seed, with which a prompt's continuation does not depend on the other prompts (repeats of a prompt
+            differ); or one seed per prompt; or None for other results each time.
+        allowed: the letters that may be generated; None allows all 512 tokens.
+        stop: strings that end a continuation. Ids 0 and 1 end it only when asked for, as ``chr(0)`` and ``chr(1)``.
+        on_token: called for every token as it is made.
+        prefill_chunk: nucleotides of a prompt that enter the model at once.
+
+    Raises:
+        InputError: the request is empty, the model does not generate, or a setting is out of range.
+        SequenceError: a prompt the model cannot read, or that leaves no room for `num_tokens`.
+    """
+    if not isinstance(model, Evo2):
+        raise InputError(f"{model.family} does not generate: it is trained to fill masks; use an Evo 2 model")
+    sampling = Sampling(temperature, top_k, top_p, letter_ids(allowed)).validated(vocab_size=model.tokenizer.vocab_size)
+    _check_counts(num_tokens, prefill_chunk)
+    checked = checked_sequences(model, prompts, what="prompt")
+    _check_room(checked, num_tokens, model.config.max_length)
+    stops = _stop_strings(stop)
+    drafts = [
+        _Draft(index, model.tokenizer.encode(prompt), stream, stops)
+        for index, (prompt, stream) in enumerate(zip(checked, generators(checked, seed), strict=True))
+    ]
+    for batch in _batches(drafts):
+        for draft in _decoded(model, batch, num_tokens, sampling, prefill_chunk):
+            if on_token is not None:
+                on_token(draft.index, draft.token_ids[-1], draft.logprobs[-1])
+    return [draft.finished() for draft in drafts]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A continuation in the making."""
+
+    index: int
+    prompt: NDArray[np.int64]
+    stream: torch.Generator
+    stops: tuple[str, ...]
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    tail: str = ""
+    stopped: bool = False
+
+    def append(self, token_id: int, logprob: float) -> None:
+        """Add a token and see whether it completes a stop string."""
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
+        if self.stops:
+            self.tail = (self.tail + ByteTokenizer().decode([token_id]))[-max(map(len, self.stops)) :]
+            self.stopped = self.tail.endswith(self.stops)
+
+    def finished(self) -> Generation:
+        """Return the result."""
+        text = ByteTokenizer().decode(self.token_ids)
+        return Generation(text, self.token_ids, self.logprobs, "stop" if self.stopped else "length")
+
+
+def _decoded(
+    model: Evo2, drafts: Sequence[_Draft], num_tokens: int, sampling: Sampling, prefill_chunk: int
+) -> Iterator[_Draft]:
+    """Extend the drafts of one batch; yield each draft each time it has grown by a token."""
+    if num_tokens == 0:
+        return
+    cache = model.new_cache(len(drafts))
+    logits = _prefill(model, [draft.prompt for draft in drafts], cache, prefill_chunk)
+    for step in range(num_tokens):
+        uniforms = torch.stack([torch.rand((), generator=d.stream, dtype=torch.float64) for d in drafts])
+        tokens = sample(logits, uniforms, sampling)
+        logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+        for draft, token, logprob in zip(drafts, tokens.tolist(), logprobs.tolist(), strict=True):
+            if not draft.stopped:
+                draft.append(token, logprob)
+                yield draft
+        if step + 1 == num_tokens or all(draft.stopped for draft in drafts):
+            return
+        logits = _on_cpu(model(tokens[:, None].to(model.device), cache=cache).logits[:, -1])
+
+
+def _prefill(model: Evo2, prompts: Sequence[NDArray[np.int64]], cache: Cache, chunk: int) -> torch.Tensor:
+    """Run the prompts through `cache` and return the logits after each one's last token, fp32 [B, V] on the CPU."""
+    ids, mask = padded(prompts, pad_id=model.tokenizer.pad_id, device=model.device)
+    last = mask.sum(dim=1) - 1
+    found: dict[int, torch.Tensor] = {}
+    for start in range(0, ids.shape[1], chunk):
+        part = slice(start, start + chunk)
+        logits = model(ids[:, part], attention_mask=mask[:, part], cache=cache).logits
+        for row, position in enumerate((last - start).tolist()):
+            if 0 <= position < logits.shape[1]:
+                found[row] = logits[row, position]
+    return _on_cpu(torch.stack([found[row] for row in range(len(prompts))]))
+
+
+def _on_cpu(logits: torch.Tensor) -> torch.Tensor:
+    logits = logits.float().cpu()
+    if logits.isnan().any():
+        raise CapabilityError("the model returned NaN: this precision does not suit its weights; try precision=fp32")
+    return logits
+
+
+def _batches(drafts: Sequence[_Draft]) -> Iterator[list[_Draft]]:
+    """Yield groups of drafts whose prompts are about equally long."""
+    order = sorted(drafts, key=lambda draft: len(draft.prompt))
+    for start in range(0, len(order), _MAX_ROWS):
+        yield order[start : start + _MAX_ROWS]
+
+
+def _check_counts(num_tokens: int, prefill_chunk: int) -> None:
+    if num_tokens < 0:
+        raise InputError(f"num_tokens must not be negative, got {num_tokens}")
+    if prefill_chunk < 1:
+        raise InputError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+
+
+def _check_room(prompts: Sequence[str], num_tokens: int, max_length: int) -> None:
+    for index, prompt in enumerate(prompts):
+        if len(prompt) + num_tokens > max_length:
+            raise SequenceError(
+                f"prompt {index}: {len(prompt):,} nt and {num_tokens:,} new tokens exceed the model's limit of "
+                f"{max_length:,}"
+            )
+
+
+def _stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise InputError("stop: an empty string would stop every continuation before it begins")
+    return stops

@@ -1,0 +1,1 @@
+"""ESM-2: a bidirectional protein language model."""

@@ -1,0 +1,1 @@
+"""Evo 2: a causal DNA language model of Hyena convolutions and attention (StripedHyena 2)."""

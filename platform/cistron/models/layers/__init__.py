@@ -1,0 +1,1 @@
+"""Pieces that both model families are built from."""

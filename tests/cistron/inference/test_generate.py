@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_models import tiny_esm2, tiny_evo2
+
+from cistron.errors import CapabilityError, InputError, SequenceError
+from cistron.inference.generate import Generation, generate
+
+PROMPTS = ["ACGTACGTTGCA", "G", "TTACGNacgtRYACGATCGATCGGATCGATTAGCA", "CA", "|d__Bacteria|ACG"]
+
+
+def next_log_probs(text: str) -> torch.Tensor:
+    """Log-probabilities after `text` from the parallel form, without a cache."""
+    with torch.no_grad():
+        return tiny_evo2()(torch.tensor([list(text.encode("latin-1"))])).logits[0, -1].log_softmax(-1)
+
+
+def assert_same(a: Generation, b: Generation):
+    assert (a.text, a.token_ids, a.finish_reason) == (b.text, b.token_ids, b.finish_reason)
+    assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+def test_greedy_takes_the_most_likely_allowed_letter_at_each_step():
+    for prompt, generation in zip(PROMPTS, generate(tiny_evo2(), PROMPTS, num_tokens=12, top_k=1), strict=True):
+        text = prompt
+        for logprob in generation.logprobs:
+            log_probs = next_log_probs(text)
+            letter = max("ACGT", key=lambda letter, lp=log_probs: lp[ord(letter)].item())
+            assert logprob == pytest.approx(log_probs[ord(letter)].item(), abs=1e-4)
+            text += letter
+        assert prompt + generation.text == text
+        assert generation.token_ids == list(generation.text.encode())
+        assert generation.finish_reason == "length"
+
+
+@pytest.mark.parametrize("prefill_chunk", [1, 5, 8192])
+def test_mixed_lengths_and_chunks_change_nothing(prefill_chunk: int):
+    model = tiny_evo2()
+    together = generate(model, PROMPTS, num_tokens=8, seed=3, top_k=0, prefill_chunk=prefill_chunk)
+    for prompt, generation in zip(PROMPTS, together, strict=True):
+        assert_same(generation, generate(model, [prompt], num_tokens=8, seed=3, top_k=0)[0])
+
+
+def test_log_probabilities_are_of_the_unmodified_distribution():
+    options: dict[str, Any] = {"temperature": 0.5, "top_k": 2, "top_p": 0.9, "seed": 1}
+    generation = generate(tiny_evo2(), ["ACGT"], num_tokens=5, **options)[0]
+    expected = [next_log_probs("ACGT" + generation.text[:i])[ord(c)].item() for i, c in enumerate(generation.text)]
+    assert generation.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_seed_repeats_and_other_seeds_differ():
+    model = tiny_evo2()
+    first, second, other = (generate(model, ["ACGT"], num_tokens=30, seed=seed, top_k=0)[0].text for seed in (5, 5, 6))
+    assert first == second
+    assert first != other
+    a, b = generate(model, ["ACGT", "ACGT"], num_tokens=30, seed=5, top_k=0)
+    assert a.text == first
+    assert b.text != first, "a repeated prompt asks for another sample"
+    c, d = generate(model, ["ACGT", "ACGT"], num_tokens=30, seed=[6, 5], top_k=0)
+    assert (c.text, d.text) == (other, first)
+
+
+def test_more_prompts_than_one_batch_holds(monkeypatch: pytest.MonkeyPatch):
+    whole = generate(tiny_evo2(), PROMPTS, num_tokens=6, seed=2, top_k=0)
+    monkeypatch.setattr("cistron.inference.generate._MAX_ROWS", 2)
+    for a, b in zip(generate(tiny_evo2(), PROMPTS, num_tokens=6, seed=2, top_k=0), whole, strict=True):
+        assert_same(a, b)
+
+
+def test_only_allowed_letters_appear():
+    text = "".join(g.text for g in generate(tiny_evo2(), PROMPTS, num_tokens=20, allowed="AN", top_k=0, seed=0))
+    assert set(text) == {"A", "N"}
+
+
+def test_without_an_alphabet_any_token_can_appear():
+    generation = generate(tiny_evo2(), ["ACGT"], num_tokens=60, allowed=None, top_k=0, temperature=5.0, seed=0)[0]
+    assert max(generation.token_ids) > 255
+    assert "\ufffd" in generation.text
+    assert len(generation.text) == len(generation.token_ids) == 60
+
+
+def test_a_stop_string_ends_its_own_prompt_only():
+    model = tiny_evo2()
+    free = generate(model, PROMPTS, num_tokens=20, seed=4, top_k=0)
+    stop = free[0].text[5:8]
+    for before, after in zip(free, generate(model, PROMPTS, num_tokens=20, seed=4, top_k=0, stop=stop), strict=True):
+        end = before.text.find(stop)
+        assert after.text == (before.text[: end + 3] if end >= 0 else before.text)
+        assert after.finish_reason == ("stop" if end >= 0 else "length")
+        assert len(after.logprobs) == len(after.token_ids) == len(after.text)
+
+
+def test_special_ids_stop_only_when_asked():
+    model = tiny_evo2()
+    options: dict[str, Any] = {"num_tokens": 3, "allowed": "\x00\x01", "top_k": 1}
+    free = generate(model, ["ACGT"], **options)[0]
+    assert free.finish_reason == "length"
+    assert len(free.token_ids) == 3
+    asked = generate(model, ["ACGT"], stop=[chr(0), chr(1)], **options)[0]
+    assert asked.finish_reason == "stop"
+    assert len(asked.token_ids) == 1
+
+
+def test_tokens_are_reported_as_they_are_made():
+    seen: list[tuple[int, int, float]] = []
+    generations = generate(tiny_evo2(), PROMPTS, num_tokens=4, seed=0, on_token=lambda *token: seen.append(token))
+    assert [index for index, _, _ in seen[:5]] != [0] * 5, "prompts of a batch advance together"
+    for index, generation in enumerate(generations):
+        mine = [(token, logprob) for i, token, logprob in seen if i == index]
+        assert mine == list(zip(generation.token_ids, generation.logprobs, strict=True))
+
+
+def test_no_tokens_is_an_empty_continuation():
+    assert generate(tiny_evo2(), ["ACGT"], num_tokens=0)[0] == Generation("", [], [], "length")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        ([], {}, InputError, "prompts: the request is empty"),
+        ("ACGT", {}, InputError, "prompts: give a list"),
+        (["ACGT", ""], {}, SequenceError, "prompt 1: the sequence is empty"),
+        (["AC", "AC-"], {}, SequenceError, "prompt 1: letter '-' at position 3"),
+        (["MKTAYIAKQR"], {}, SequenceError, "looks like a protein"),
+        (["ACGT"], {"num_tokens": -1}, InputError, "num_tokens must not be negative, got -1"),
+        (["AC", "A" * 250], {"num_tokens": 7}, SequenceError, "prompt 1: 250 nt and 7 new tokens exceed .* 256"),
+        (["ACGT"], {"temperature": 0}, InputError, "temperature must be above 0"),
+        (["ACGT"], {"top_k": -2}, InputError, "top_k must be from 0"),
+        (["ACGT"], {"top_k": 600}, InputError, "top_k must be from 0"),
+        (["ACGT"], {"top_p": 2.0}, InputError, "top_p must be above 0"),
+        (["ACGT"], {"allowed": ""}, InputError, "allowed must name at least one letter"),
+        (["ACGT"], {"stop": [""]}, InputError, "stop: an empty string"),
+        (["ACGT"], {"prefill_chunk": 0}, InputError, "prefill_chunk must be at least 1"),
+        (["ACGT"], {"seed": -4}, InputError, "seed must be from 0"),
+    ],
+)
+def test_bad_requests(prompts: list[str], options: dict[str, Any], error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        generate(tiny_evo2(), prompts, **{"num_tokens": 5, **options})
+
+
+def test_a_masked_model_does_not_generate():
+    with pytest.raises(InputError, match="esm2 does not generate"):
+        generate(tiny_esm2(), ["MKT"], num_tokens=5)
+
+
+def test_nan_is_reported_instead_of_sampled():
+    model = tiny_evo2()
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(CapabilityError, match="returned NaN"):
+        generate(model, ["ACGT"], num_tokens=2)

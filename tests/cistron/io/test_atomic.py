@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from cistron.errors import InputError
+from cistron.io.atomic import new_directory, new_file
+
+
+def test_a_folder_appears_when_all_of_it_is_written(tmp_path: Path):
+    destination = tmp_path / "deep" / "er"
+    with new_directory(destination) as staging:
+        (staging / "a").write_text("1")
+        assert not destination.exists()
+    assert (destination / "a").read_text() == "1"
+    assert list(destination.parent.iterdir()) == [destination]
+
+
+def test_a_file_is_replaced_when_the_new_one_is_written(tmp_path: Path):
+    destination = tmp_path / "out.json"
+    destination.write_text("old")
+    with new_file(destination) as staging:
+        staging.write_text("new")
+        assert staging.suffix == ".json"
+        assert destination.read_text() == "old"
+    assert destination.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [destination]
+
+
+def write_and_fail(create: Callable[[Path], AbstractContextManager[Path]], path: Path, error: type[BaseException]):
+    with create(path) as staging:
+        target = staging / "a" if staging.is_dir() else staging
+        target.write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_leaves_things_as_they_were(tmp_path: Path, error: type[BaseException]):
+    (tmp_path / "file").write_text("old")
+    for create, name in ((new_directory, "folder"), (new_file, "file")):
+        with pytest.raises(error):
+            write_and_fail(create, tmp_path / name, error)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_what_is_in_the_way_is_refused(tmp_path: Path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").write_text("mine")
+    with pytest.raises(InputError, match="full already exists"), new_directory(tmp_path / "full"):
+        pass
+    with pytest.raises(InputError, match="full is a folder"), new_file(tmp_path / "full"):
+        pass
+    assert (tmp_path / "full" / "a").read_text() == "mine"

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tests.tiny_models import tiny_esm2
+
+import cistron
+from cistron.config import parse_overrides, resolve
+from cistron.errors import SequenceError, UnknownNameError
+from cistron.models.checkpoint import save_checkpoint
+from cistron_jobs.embed import EmbedConfig, run
+
+PROTEINS = {"a": "MKTAYIAKQR", "b": "GSV", "c": "MEEPQSDPSVEP"}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    save_checkpoint(tiny_esm2(), tmp_path / "esm2")
+    (tmp_path / "in.faa").write_text("".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS.items()))
+    return tmp_path
+
+
+def config(files: Path, *words: str) -> EmbedConfig:
+    given = [f"model={files / 'esm2'}", f"input={files / 'in.faa'}", f"output={files / 'out.parquet'}", *words]
+    return resolve(EmbedConfig, parse_overrides(given))
+
+
+@pytest.mark.parametrize("records_per_batch", [2, 100])
+def test_one_column_per_layer(files: Path, records_per_batch: int):
+    run(config(files, "layers=[-1, 1, embedding]", f"records_per_batch={records_per_batch}"))
+    table = pq.read_table(files / "out.parquet")
+    assert table.column_names == ["name", "num_tokens", "final_norm", "blocks.1", "embedding"]
+    assert table["name"].to_pylist() == list(PROTEINS)
+    assert table["num_tokens"].to_pylist() == [10, 3, 12]
+    expected = cistron.embed_sequences(tiny_esm2(), list(PROTEINS.values()), layers=(-1, 1, "embedding"))
+    for column, layer in (("final_norm", -1), ("blocks.1", 1), ("embedding", "embedding")):
+        want = np.stack([embedding.vectors[layer] for embedding in expected])
+        np.testing.assert_allclose(np.stack(table[column].to_numpy()), want, atol=1e-5)
+
+
+def test_a_vector_per_residue(files: Path):
+    run(config(files, "pooling=none", "layers=[blocks.0]", "records_per_batch=2"))
+    column = pq.read_table(files / "out.parquet")["blocks.0"]
+    expected = cistron.embed_sequences(tiny_esm2(), list(PROTEINS.values()), layers=("blocks.0",), pooling="none")
+    for got, want in zip(column.to_pylist(), expected, strict=True):
+        np.testing.assert_allclose(np.array(got), want.vectors["blocks.0"], atol=1e-5)
+
+
+def test_a_failure_leaves_no_output(files: Path):
+    with pytest.raises(UnknownNameError, match=r"unknown layer 'blocks\.7'"):
+        run(config(files, "layers=[blocks.7]"))
+    (files / "in.faa").write_text(">a\nMKT\n>b\nMK*\n")
+    with pytest.raises(SequenceError, match=r"line 3, record 'b': letter '\*' at position 3"):
+        run(config(files, "records_per_batch=1"))
+    assert {path.name for path in files.iterdir()} == {"esm2", "in.faa"}

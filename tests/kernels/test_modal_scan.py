@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cistron_kernels.modal_scan import modal_scan
+
+
+def direct(x: torch.Tensor, log_poles: torch.Tensor, residues: torch.Tensor, state: torch.Tensor | None = None):
+    """Token by token in the state form; returns the outputs and the state after each token."""
+    batch, channels, length = x.shape
+    current = x.new_zeros(batch, channels, log_poles.shape[1]) if state is None else state
+    outputs, states = [], []
+    for t in range(length):
+        current = log_poles.exp() * current + x[..., t, None]
+        outputs.append((residues * current).sum(-1))
+        states.append(current)
+    return torch.stack(outputs, dim=-1), torch.stack(states, dim=-1)
+
+
+def by_fft(x: torch.Tensor, log_poles: torch.Tensor, residues: torch.Tensor) -> torch.Tensor:
+    length = x.shape[-1]
+    filters = (residues[..., None] * (log_poles[..., None] * torch.arange(length, dtype=x.dtype)).exp()).sum(1)
+    spectrum = torch.fft.rfft(x, 2 * length) * torch.fft.rfft(filters, 2 * length)
+    return torch.fft.irfft(spectrum, 2 * length)[..., :length]
+
+
+def draw(batch: int, channels: int, length: int, poles: int = 3, dtype: torch.dtype = torch.float64):
+    x = torch.randn(batch, channels, length, dtype=dtype)
+    log_poles = -torch.rand(channels, poles, dtype=dtype) * 0.3 - 1e-3
+    return x, log_poles, torch.randn(channels, poles, dtype=dtype)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 37])
+@pytest.mark.parametrize("chunk", [1, 8, 64])
+def test_equals_the_recurrence(length: int, chunk: int):
+    torch.manual_seed(0)
+    x, log_poles, residues = draw(2, 3, length)
+    initial = torch.randn(2, 3, 3, dtype=torch.float64)
+    for state in (None, initial):
+        y, final = modal_scan(x, log_poles, residues, state=state, chunk=chunk)
+        expected, states = direct(x, log_poles, residues, state)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(final, states[..., -1])
+
+
+@pytest.mark.parametrize("length", [50, 64, 130])
+def test_equals_the_fft_with_gradients(length: int):
+    torch.manual_seed(1)
+    inputs = [tensor.requires_grad_() for tensor in draw(2, 3, length)]
+    upstream = torch.randn(2, 3, length, dtype=torch.float64)
+    outputs = [modal_scan(*inputs, chunk=16)[0], by_fft(*inputs)]
+    torch.testing.assert_close(*outputs, rtol=1e-11, atol=1e-11)
+    gradients = [torch.autograd.grad(output, inputs, upstream) for output in outputs]
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_through_both_states():
+    torch.manual_seed(2)
+    x, log_poles, residues = draw(2, 2, 7, poles=2)
+    inputs = [x, log_poles, residues, torch.randn(2, 2, 2, dtype=torch.float64)]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, poles, residues, state: modal_scan(x, poles, residues, state=state, chunk=3), inputs
+    )
+    lengths = torch.tensor([4, 6])
+    assert torch.autograd.gradcheck(
+        lambda x, poles, residues, state: modal_scan(x, poles, residues, state=state, lengths=lengths, chunk=3)[1],
+        inputs,
+    )
+
+
+def test_each_rows_state_is_that_after_its_own_last_token():
+    torch.manual_seed(3)
+    x, log_poles, residues = draw(7, 2, 19)
+    initial = torch.randn(7, 2, 3, dtype=torch.float64)
+    lengths = torch.tensor([0, 1, 7, 8, 9, 16, 19])
+    _, states = direct(x, log_poles, residues, initial)
+    _, final = modal_scan(x, log_poles, residues, state=initial, lengths=lengths, chunk=8)
+    assert torch.equal(final[0], initial[0])
+    for row, length in enumerate(lengths.tolist()):
+        if length:
+            torch.testing.assert_close(final[row], states[row, ..., length - 1])
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 30, (7, 23), (29, 1)])
+def test_chunks_equal_the_whole(sizes: tuple[int, ...]):
+    torch.manual_seed(4)
+    x, log_poles, residues = draw(2, 3, 30)
+    whole, final = modal_scan(x, log_poles, residues, chunk=8)
+    state, pieces = None, []
+    for piece in x.split(list(sizes), dim=-1):
+        y, state = modal_scan(piece, log_poles, residues, state=state, chunk=8)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, dim=-1), whole)
+    torch.testing.assert_close(state, final)
+
+
+def test_fp32_keeps_its_digits_over_a_long_sequence():
+    torch.manual_seed(5)
+    log_poles = -torch.linspace(-11.5, 0, 16, dtype=torch.float64).exp()[None]
+    residues, x = torch.randn(1, 16, dtype=torch.float64) / 16, torch.randn(1, 1, 8192, dtype=torch.float64)
+    log_poles, residues, x = (tensor.float().double() for tensor in (log_poles, residues, x))
+    exact, _ = modal_scan(x, log_poles, residues)
+    got, state = modal_scan(x.float(), log_poles.float(), residues.float())
+    assert state.dtype == torch.float32
+    error = (got - exact).norm() / exact.norm()
+    assert error < 1e-6  # an fp32 carry is off by 3e-6, powers of a rounded pole by 5e-5
+
+
+def test_half_precision_keeps_an_fp32_state_even_under_autocast():
+    torch.manual_seed(6)
+    x, log_poles, residues = draw(1, 4, 100, dtype=torch.float32)
+    x = x.bfloat16()
+    exact, final = modal_scan(x.float(), log_poles, residues)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, state = modal_scan(x, log_poles, residues)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, exact.bfloat16())
+    assert torch.equal(state, final)
+
+
+def test_no_tensor_grows_with_length_times_poles():
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            sizes = [tensor.numel() for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)]
+            largest = max([largest, *sizes])
+            return out
+
+    x, log_poles, residues = draw(1, 4, 4096, poles=16, dtype=torch.float32)
+    with Watch():
+        modal_scan(x, log_poles, residues)
+    assert largest <= 2 * x.numel()
