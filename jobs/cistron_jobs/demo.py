@@ -100,6 +100,8 @@ def _panel(recipe: Recipe, folder: Path, losses: dict[str, float]) -> LossPanel:
         train=[(record["step"], record["loss"]) for record in records if "loss" in record],
         valid=[(record["step"], record["valid_loss"]) for record in records if "valid_loss" in record],
         baselines=_baselines(losses),
+        train_name=recipe.curves[0],
+        valid_name=recipe.curves[1],
     )
 
 

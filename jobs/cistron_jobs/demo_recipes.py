@@ -23,6 +23,7 @@ class Recipe:
         model: what `pretrain` builds.
         data: settings of the samples.
         train: settings of the run.
+        curves: names of the training and the held-out curve.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Recipe:
     model: Mapping[str, Any]
     data: Mapping[str, Any]
     train: Mapping[str, Any]
+    curves: tuple[str, str] = ("training", "held out")
 
     def prepare(self, output: Path) -> dict[str, Any]:
         """Return the settings of `prepare_data`."""
@@ -60,7 +62,7 @@ RECIPES: Final = (
         name="evo2-demo",
         title="Evo 2, 4 layers (FSDP2)",
         unit="nats per nucleotide",
-        steps=150,
+        steps=100,
         inputs=("ecoli_k12.fna.gz", "lambda_phage.fna.gz"),
         corpus={"alphabet": "dna", "row_length": 16_384, "validation_fraction": 0.05},
         model={
@@ -108,6 +110,7 @@ RECIPES: Final = (
             "optimizer": {"learning_rate": 2e-3, "betas": [0.9, 0.98], "weight_decay": 0.01},
             "schedule": {"warmup_steps": 10, "kind": "linear"},
         },
+        curves=("training, visible targets too", "held out, behind <mask> only"),
     ),
 )
 """The DNA model first, the protein model second."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 import pyarrow as pa
+from pydantic import BeforeValidator
 
+from cistron.config import listed
 from cistron.inference.embed import Embedding, Layer, Pooling, embed_sequences
 from cistron.io.fasta import FastaRecord
 from cistron.models.base import SequenceModel
@@ -15,7 +19,7 @@ from cistron_jobs.inference_job import RecordJobConfig, open_record_job, write_p
 class EmbedConfig(RecordJobConfig):
     """Settings of ``cistron embed``."""
 
-    layers: tuple[int | str, ...] = (-1,)
+    layers: Annotated[tuple[int | str, ...], BeforeValidator(listed)] = (-1,)
     """Layers by index or name (embedding, blocks.3, final_norm); -1 is final_norm."""
     pooling: Pooling = "mean"
     """mean, cls (ESM-2) or last: one vector per record; none: one per nucleotide or residue."""

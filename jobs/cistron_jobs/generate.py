@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
 
-from pydantic import AfterValidator, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Table
 
+from cistron.config import listed
 from cistron.errors import InputError, SequenceError
 from cistron.inference.generate import PREFILL_CHUNK, Generation, generate
 from cistron.io import storage
@@ -18,6 +19,7 @@ from cistron.io.fasta import FastaRecord, read_fasta, write_fasta
 from cistron.tokenizers import ByteTokenizer
 from cistron_jobs.inference_job import ModelJobConfig, open_model
 
+_LETTERS_SHOWN = 60
 _FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".fa.gz", ".fasta.gz", ".fna.gz")
 
 
@@ -44,8 +46,8 @@ class GenerateConfig(ModelJobConfig):
     """With a seed, a prompt's continuation is always the same, whatever the other prompts."""
     allowed: str | None = "ACGT"
     """Letters that may be generated; null allows every token."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a continuation."""
+    stop: Annotated[tuple[str | int, ...], BeforeValidator(listed)] = ()
+    """Strings, or ids of tokens, that end a continuation."""
     prefill_chunk: PositiveInt = PREFILL_CHUNK
     """Nucleotides of a prompt that enter the model at once; smaller needs less memory."""
     output: Annotated[str, AfterValidator(_known_suffix)] | None = None
@@ -84,12 +86,13 @@ def run(config: GenerateConfig) -> list[Generation]:
 def _prompts(prompts: str | Sequence[str]) -> list[FastaRecord]:
     """Return the prompts as records; a single string is a file if there is one, else a sequence."""
     if isinstance(prompts, str):
-        if storage.exists(prompts):
+        if prompts and storage.exists(prompts):
             return list(read_fasta(prompts))
         try:
             prompts = [ByteTokenizer().validate(prompts, name="prompts")]
         except SequenceError as error:
-            raise InputError(f"prompts: no such file, and not a DNA sequence: {prompts}") from error
+            shown = prompts if len(prompts) <= _LETTERS_SHOWN else f"{prompts[:_LETTERS_SHOWN]}..."
+            raise InputError(f"prompts: no such file, and not a DNA sequence: {shown} ({error})") from error
     return [FastaRecord(f"prompt_{index}", "", prompt) for index, prompt in enumerate(prompts)]
 
 

@@ -28,11 +28,15 @@ STANDARD_AMINO_ACIDS: Final = "ACDEFGHIKLMNPQRSTVWY"
 AMINO_ACIDS: Final = STANDARD_AMINO_ACIDS + "XBUZO"
 """Standard residues plus unknown, Asx, selenocysteine, Glx and pyrrolysine: every residue ESM-2 has a token for."""
 
+GAPS: Final = ".-"
+"""Alignment gaps: ESM-2 has tokens for them, so it can read a row of an alignment; a training corpus holds none."""
+
 MASK: Final = "<mask>"
 
 _COMPLEMENT: Final = str.maketrans("ACGTNRYSWKMBDHVacgtnryswkmbdhv", "TGCANYRSWMKVHDBtgcanyrswmkvhdb")
 _DNA: Final = re.compile(rf"(?:[{IUPAC_NUCLEOTIDES}{IUPAC_NUCLEOTIDES.lower()}@#]+|\|[ -{{}}~]*(?:\||\Z))*")
 _PROTEIN: Final = re.compile(rf"(?:[{AMINO_ACIDS}{AMINO_ACIDS.lower()}]|{MASK})*")
+_GAPPED_PROTEIN: Final = re.compile(rf"(?:[{AMINO_ACIDS}{AMINO_ACIDS.lower()}{GAPS}]|{MASK})*")
 
 
 def reverse_complement(sequence: str) -> str:
@@ -69,19 +73,23 @@ def validate_dna(sequence: str, *, name: str = "sequence", max_length: int | Non
     )
 
 
-def validate_protein(sequence: str, *, name: str = "sequence", max_length: int | None = None) -> str:
+def validate_protein(
+    sequence: str, *, name: str = "sequence", max_length: int | None = None, gaps: bool = False
+) -> str:
     """Return `sequence` in upper case when ESM-2 has a token for each residue; ``<mask>`` may stand for a residue.
+
+    With `gaps`, ``.`` and ``-`` are read too.
 
     Raises:
         SequenceError: empty, longer than `max_length` residues, or a letter outside the alphabet.
     """
     _check_length(sequence.replace(MASK, "X"), name=name, max_length=max_length, unit="residues")
-    end = _match_end(_PROTEIN, sequence)
+    end = _match_end(_GAPPED_PROTEIN if gaps else _PROTEIN, sequence)
     if end < len(sequence):
         letter = sequence[end]
         raise SequenceError(
             f"{name}: letter {letter!r} at position {end + 1} is not in the protein alphabet "
-            f"({AMINO_ACIDS}, lower case, {MASK}){_protein_hint(letter)}"
+            f"({AMINO_ACIDS}{GAPS if gaps else ''}, lower case, {MASK}){_protein_hint(letter)}"
         )
     return MASK.join(part.upper() for part in sequence.split(MASK))
 

@@ -8,7 +8,7 @@ fault with its dotted path, what was got and what is allowed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -95,8 +95,7 @@ def help_text(cls: type[Config], *, prefix: str = "") -> str:
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
         if nested and not field.is_required():
             default = ""
-        annotation = getattr(field.annotation, "__name__", str(field.annotation).replace("typing.", ""))
-        kind = " | ".join(kind.__name__ for kind in nested) or annotation
+        kind = " | ".join(kind.__name__ for kind in nested) or _spelt(field.annotation)
         lines.append(f"  {prefix}{name}: {kind}{' = ' + default if default else ''}")
         if field.description:
             lines.append(f"      {' '.join(field.description.split())}")
@@ -104,9 +103,23 @@ def help_text(cls: type[Config], *, prefix: str = "") -> str:
     return "\n".join(lines)
 
 
+def listed(value: Any) -> Any:
+    """Return a list of one for a single value, so that ``layers=-1`` means ``layers=[-1]``; for ``BeforeValidator``."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _spelt(annotation: Any) -> str:
+    """Return a type as the help shows it, choices included."""
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    is_plain = isinstance(annotation, type) and not get_args(annotation)
+    return annotation.__name__ if is_plain else str(annotation).replace("typing.", "")
+
+
 def _yaml_value(key: str, value: str) -> Any:
     """Read one override's value; sequences such as ``ACGT`` stay strings, and so do the words YAML calls booleans."""
-    if value.lower() in {"yes", "no", "on", "off", "y", "n"}:
+    # A comment means nothing in a word, and "#" is a letter of Evo 2's alphabet.
+    if value.lower() in {"yes", "no", "on", "off", "y", "n"} or value.startswith("#"):
         return value
     try:
         return yaml.safe_load(value) if value else ""

@@ -95,8 +95,8 @@ class ProteinTokenizer:
                 self._table[ord(token)] = token_id
 
     def validate(self, sequence: str, *, name: str = "sequence", max_length: int | None = None) -> str:
-        """Check with :func:`cistron.alphabets.validate_protein` and return upper case; `max_length` in residues."""
-        return validate_protein(sequence, name=name, max_length=max_length)
+        """Check with :func:`cistron.alphabets.validate_protein`, gaps allowed; return upper case."""
+        return validate_protein(sequence, name=name, max_length=max_length, gaps=True)
 
     def encode(self, sequence: str) -> NDArray[np.int64]:
         """Return int64 ids [L + 2] with ``<cls>`` and ``<eos>`` around the residues; ``<mask>`` is one residue."""

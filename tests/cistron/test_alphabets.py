@@ -60,6 +60,7 @@ def test_errors_name_the_record_and_the_limit():
 def test_protein_is_upper_cased_and_masks_count_as_one_residue():
     assert validate_protein("mkt<mask>a", max_length=5) == "MKT<mask>A"
     assert validate_protein(AMINO_ACIDS) == AMINO_ACIDS
+    assert validate_protein("a<mask>.-", gaps=True, max_length=4) == "A<mask>.-"
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,10 @@ def test_words_that_yaml_calls_booleans_stay_words():
     assert parse_overrides(["sequence=NO"]) == {"sequence": "NO"}
 
 
+def test_a_word_has_no_comments():
+    assert parse_overrides(["sequence=#ACGT"]) == {"sequence": "#ACGT"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -96,3 +100,13 @@ def test_help_lists_fields_defaults_and_their_help():
     assert "Optimiser steps." in text
     assert "train.strategy.stage" in text
     assert "model: str = required" in text
+
+
+def test_help_shows_the_choices_and_what_a_list_holds():
+    class Choices(Config):
+        reduction: Literal["mean", "sum"] = "mean"
+        layers: tuple[int | str, ...] = (-1,)
+
+    text = help_text(Choices)
+    assert "reduction: mean | sum = 'mean'" in text
+    assert "layers: tuple[int | str, ...] = (-1,)" in text

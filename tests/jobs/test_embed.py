@@ -56,3 +56,8 @@ def test_a_failure_leaves_no_output(files: Path):
     with pytest.raises(SequenceError, match=r"line 3, record 'b': letter '\*' at position 3"):
         run(config(files, "records_per_batch=1"))
     assert {path.name for path in files.iterdir()} == {"esm2", "in.faa"}
+
+
+@pytest.mark.parametrize("layer", ["-1", "blocks.1"])
+def test_one_layer_needs_no_brackets(files: Path, layer: str):
+    assert config(files, f"layers={layer}").layers == config(files, f"layers=[{layer}]").layers

@@ -70,7 +70,9 @@ def test_json_and_fasta_outputs(files: Path):
     assert records[1].description == "prompt=2 generated=9"
 
 
-@pytest.mark.parametrize(("word", "count"), [("prompts=[ACGT, gg]", 2), ("prompts=ACGTAC", 1)])
+@pytest.mark.parametrize(
+    ("word", "count"), [("prompts=[ACGT, gg]", 2), ("prompts=ACGTAC", 1), (f"prompts={'A' * 240}", 1), ("stop=AA", 3)]
+)
 def test_prompts_as_text(files: Path, word: str, count: int):
     assert len(run(config(files, word))) == count
 
@@ -79,6 +81,9 @@ def test_prompts_as_text(files: Path, word: str, count: int):
     ("word", "error", "message"),
     [
         ("prompts=nowhere.fa", InputError, "prompts: no such file, and not a DNA sequence: nowhere.fa"),
+        ("prompts=", InputError, "prompts: .* the sequence is empty"),
+        ("prompts=MKL", InputError, "prompts: .*letter 'L' at position 3"),
+        (f"prompts={'A' * 300}", SequenceError, "prompt 0: 300 nt is longer than the limit of 256"),
         ("prompts=[]", InputError, "prompts: the request is empty"),
         ("prompts=[AC, AJ]", SequenceError, "prompt 1: letter 'J' at position 2"),
         ("num_tokens=300", SequenceError, "prompt 0: .* exceed the model's limit of 256"),

@@ -46,6 +46,7 @@ def dashboard() -> Iterator[str]:
         *("--object-store-memory=300000000", "--disable-usage-stats"),
     ]
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
+    environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # Nothing to drain; do not linger for half a minute.
     with (temp / "start.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     url = f"http://127.0.0.1:{dash}"
@@ -58,6 +59,7 @@ def dashboard() -> Iterator[str]:
             process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         shutil.rmtree(temp, ignore_errors=True)
 
 
@@ -82,7 +84,15 @@ def submit(dashboard: str, *words: str) -> subprocess.CompletedProcess[str]:
 def test_prepare_and_pretrain_run_as_jobs(dashboard: str, tmp_path: Path):
     sample = ROOT / "jobs" / "cistron_jobs" / "sample_data" / "lambda_phage.fna.gz"
     corpus, run = tmp_path / "corpus", tmp_path / "run"
-    done = submit(dashboard, "prepare_data", f"input={sample}", f"output={corpus}", "alphabet=dna", "row_length=4096")
+    done = submit(
+        dashboard,
+        "prepare_data",
+        f"input={sample}",
+        f"output={corpus}",
+        "alphabet=dna",
+        "row_length=4096",
+        "validation_fraction=0.3",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
     config = ROOT / "jobs" / "configs" / "pretrain-evo2_tiny-demo-1n0g-fsdp2.yaml"

@@ -84,7 +84,8 @@ def prepare_corpus(
         alphabet: what the letters are.
         row_length: longest DNA row in nt; proteins are never cut here.
         rows_per_shard: ``None`` chooses about 64 Mi letters of DNA, or 131,072 proteins.
-        validation_fraction: share of the rows in the split ``valid``; 0 makes none.
+        validation_fraction: share of the rows in the split ``valid``; 0 makes none, and so, with a warning, does a share
+            of so few rows that none is drawn.
         seed: of the split.
         sequence_column: Parquet column of the letters.
         name_column: Parquet column of the names; ``None`` names a record by its file and row.
@@ -113,6 +114,10 @@ def prepare_corpus(
             seed=seed,
         )
         written = {split: pipeline.run(split) for split in ((TRAIN, VALID) if validation_fraction else (TRAIN,))}
+        if written.get(VALID) == []:
+            _LOG.warning("no row fell into the split %r, so there is none: raise validation_fraction", VALID)
+            del written[VALID]
+            storage.remove_tree(storage.join(folder, VALID))
         names = tuple(storage.name_of(path) for path in inputs)
         commit(folder, written, paths=_paths(sources), manifest=pipeline.manifest(names))
     return _summarise(output)

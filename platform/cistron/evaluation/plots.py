@@ -28,6 +28,8 @@ class LossPanel:
         train: the loss of each logged step.
         valid: the loss on held-out sequence.
         baselines: held-out losses of simpler models, by name; drawn as horizontal lines.
+        train_name: of the training curve, where it counts other positions than the held-out one.
+        valid_name: of the held-out curve.
     """
 
     title: str
@@ -35,6 +37,8 @@ class LossPanel:
     train: Curve
     valid: Curve
     baselines: Mapping[str, float] = field(default_factory=dict)
+    train_name: str = "training"
+    valid_name: str = "held out"
 
 
 def plot_losses(panels: Sequence[LossPanel], destination: Path) -> Path:
@@ -49,8 +53,10 @@ def plot_losses(panels: Sequence[LossPanel], destination: Path) -> Path:
 
 
 def _draw(axes: Any, panel: LossPanel) -> None:
-    axes.plot(*_columns(panel.train), color=_TRAIN_COLOUR, linewidth=1, alpha=0.8, label="training")
-    axes.plot(*_columns(panel.valid), color=_VALID_COLOUR, linewidth=1.8, marker="o", markersize=3.5, label="held out")
+    axes.plot(*_columns(panel.train), color=_TRAIN_COLOUR, linewidth=1, alpha=0.8, label=panel.train_name)
+    axes.plot(
+        *_columns(panel.valid), color=_VALID_COLOUR, linewidth=1.8, marker="o", markersize=3.5, label=panel.valid_name
+    )
     for (name, loss), style in zip(panel.baselines.items(), _BASELINE_STYLES * len(panel.baselines), strict=False):
         axes.axhline(loss, color="0.35", linewidth=1, linestyle=style, label=f"{name} ({loss:.3f})")
     axes.set(title=panel.title, xlabel="step", ylabel=f"loss, {panel.unit}")
@@ -75,6 +81,6 @@ def _write_csv(panels: Sequence[LossPanel], destination: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["model", "series", "step", "loss"])
         for panel in panels:
-            for series, curve in (("training", panel.train), ("held out", panel.valid)):
+            for series, curve in ((panel.train_name, panel.train), (panel.valid_name, panel.valid)):
                 writer.writerows((panel.title, series, step, loss) for step, loss in curve)
             writer.writerows((panel.title, name, "", loss) for name, loss in panel.baselines.items())

@@ -41,7 +41,7 @@ class Generation:
         token_ids: their ids.
         logprobs: each token's log-probability under the unmodified distribution: before the alphabet's mask,
             temperature, top-k and top-p.
-        finish_reason: ``stop`` when a stop string was generated, else ``length``.
+        finish_reason: ``stop`` when a stop was generated, else ``length``.
     """
 
     text: str
@@ -61,7 +61,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | Sequence[int] | None = None,
     allowed: str | None = "ACGT",
-    stop: str | Iterable[str] = (),
+    stop: str | Iterable[str | int] = (),
     on_token: OnToken | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> list[Generation]:
@@ -77,7 +77,7 @@ def generate(
         seed: one seed, with which a prompt's continuation does not depend on the other prompts (repeats of a prompt
             differ); or one seed per prompt; or None for other results each time.
         allowed: the letters that may be generated; None allows all 512 tokens.
-        stop: strings that end a continuation. Ids 0 and 1 end it only when asked for, as ``chr(0)`` and ``chr(1)``.
+        stop: strings, or token ids, that end a continuation. Ids 0 and 1 end it only when they are among them.
         on_token: called for every token as it is made.
         prefill_chunk: nucleotides of a prompt that enter the model at once.
 
@@ -91,9 +91,9 @@ def generate(
     _check_counts(num_tokens, prefill_chunk)
     checked = checked_sequences(model, prompts, what="prompt")
     _check_room(checked, num_tokens, model.config.max_length)
-    stops = _stop_strings(stop)
+    stops, stop_ids = _stops(stop, vocab_size=model.tokenizer.vocab_size)
     drafts = [
-        _Draft(index, model.tokenizer.encode(prompt), stream, stops)
+        _Draft(index, model.tokenizer.encode(prompt), stream, stops, stop_ids)
         for index, (prompt, stream) in enumerate(zip(checked, generators(checked, seed), strict=True))
     ]
     for batch in _batches(drafts):
@@ -111,18 +111,20 @@ class _Draft:
     prompt: NDArray[np.int64]
     stream: torch.Generator
     stops: tuple[str, ...]
+    stop_ids: frozenset[int]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     tail: str = ""
     stopped: bool = False
 
     def append(self, token_id: int, logprob: float) -> None:
-        """Add a token and see whether it completes a stop string."""
+        """Add a token and see whether it is a stop or completes one."""
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
+        self.stopped = token_id in self.stop_ids
         if self.stops:
             self.tail = (self.tail + ByteTokenizer().decode([token_id]))[-max(map(len, self.stops)) :]
-            self.stopped = self.tail.endswith(self.stops)
+            self.stopped |= self.tail.endswith(self.stops)
 
     def finished(self) -> Generation:
         """Return the result."""
@@ -195,8 +197,14 @@ def _check_room(prompts: Sequence[str], num_tokens: int, max_length: int) -> Non
             )
 
 
-def _stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
+def _stops(stop: str | Iterable[str | int], *, vocab_size: int) -> tuple[tuple[str, ...], frozenset[int]]:
+    """Return the strings and the ids at which to stop."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stops:
-        raise InputError("stop: an empty string would stop every continuation before it begins")
-    return stops
+    strings = tuple(item for item in stops if isinstance(item, str))
+    ids = frozenset(item for item in stops if isinstance(item, int))
+    for item in stops:
+        if item == "":
+            raise InputError("stop: an empty string would stop every continuation before it begins")
+        if not isinstance(item, str) and item not in range(vocab_size):
+            raise InputError(f"stop: {item!r} is neither a string nor a token id from 0 to {vocab_size - 1}")
+    return strings, ids

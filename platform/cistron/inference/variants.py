@@ -79,7 +79,8 @@ def score_variants(
             several joined by ``:``.
         reference: for DNA, a FASTA file or a mapping of names to sequences, whose case is ignored: soft-masking must
             not look like a mutation; for protein, the wild-type sequence.
-        window: letters of context around the variant; 8192 nucleotides or 1022 residues if not given.
+        window: letters of context around the variant; if not given, 8192 nucleotides (or the model's
+            limit, if that is lower) or 1022 residues.
         strategy: DNA has only ``delta``; protein has ``masked-marginal`` (the default), ``wt-marginal`` and
             ``pseudo-ppl``.
         reverse_complement: DNA only; average the effect over both strands.
@@ -107,7 +108,8 @@ def score_variants(
         return score_substitutions(model, requested, reference, window=size, strategy=chosen, token_budget=token_budget)
     if strategy not in (None, "delta"):
         raise InputError(f"strategy {strategy!r} is for proteins; DNA has 'delta'")
-    size = _checked_window(DNA_WINDOW if window is None else window, config_of(model).max_length)
+    limit = config_of(model).max_length
+    size = min(DNA_WINDOW, limit) if window is None else _checked_window(window, limit)
     parsed = [_parsed(index, variant) for index, variant in enumerate(requested)]
     windows = _windows(parsed, reference, size)
     return _delta_table(model, parsed, windows, reverse_complement=reverse_complement, token_budget=token_budget)

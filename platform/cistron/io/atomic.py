@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cistron.errors import InputError
@@ -25,14 +25,14 @@ def new_directory(destination: str | Path) -> Iterator[Path]:
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise InputError(f"destination {destination} already exists; remove it or choose another")
-    staging = _sibling(destination)
-    staging.mkdir()
-    try:
-        yield staging
-        staging.rename(destination)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    with _sibling(destination) as staging:
+        staging.mkdir()
+        try:
+            yield staging
+            staging.rename(destination)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
 
 
 @contextmanager
@@ -45,16 +45,27 @@ def new_file(destination: str | Path) -> Iterator[Path]:
     destination = Path(destination)
     if destination.is_dir():
         raise InputError(f"{destination} is a folder; name a file in it")
-    staging = _sibling(destination)
-    try:
-        yield staging
-        staging.replace(destination)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
+    with _sibling(destination) as staging:
+        try:
+            yield staging
+            staging.replace(destination)
+        except BaseException:
+            staging.unlink(missing_ok=True)
+            raise
 
 
-def _sibling(destination: Path) -> Path:
-    """Return an unused hidden path beside `destination`, whose parent is made if need be; the suffix is kept."""
+@contextmanager
+def _sibling(destination: Path) -> Iterator[Path]:
+    """Yield an unused hidden path beside `destination`; the suffix is kept.
+
+    Folders above it are made if need be, and go again when the block fails.
+    """
+    made = [folder for folder in destination.parents if not folder.exists()]
     destination.parent.mkdir(parents=True, exist_ok=True)
-    return destination.parent / f".{destination.stem}.{uuid.uuid4().hex[:12]}.part{destination.suffix}"
+    try:
+        yield destination.parent / f".{destination.stem}.{uuid.uuid4().hex[:12]}.part{destination.suffix}"
+    except BaseException:
+        for folder in made:  # The innermost first; one that others use by now is not empty and stays.
+            with suppress(OSError):
+                folder.rmdir()
+        raise

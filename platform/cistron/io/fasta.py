@@ -6,6 +6,7 @@ are not judged here: which are allowed depends on the model, and :mod:`cistron.a
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import zlib
@@ -134,6 +135,8 @@ def _lines(path: PathLike) -> Iterator[tuple[int, bool, bytes]]:
     try:
         with _open(path) as stream:
             while text := stream.readline(_BUFFER_BYTES):
+                if number == 1 and starts_line:
+                    text = text.removeprefix(codecs.BOM_UTF8)
                 yield number, starts_line, text
                 starts_line = text.endswith(b"\n")
                 number += starts_line

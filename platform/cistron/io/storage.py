@@ -7,6 +7,7 @@ A path is a ``str`` or ``Path``: a local path, or a URL such as ``s3://bucket/ke
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -232,7 +233,12 @@ def _from_url(url: str) -> tuple[fs.FileSystem, str]:
 
 def _info(path: PathLike) -> fs.FileInfo:
     file_system, inner = resolve(path)
-    return file_system.get_file_info(inner)
+    try:
+        return file_system.get_file_info(inner)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return fs.FileInfo(inner, fs.FileType.NotFound)
 
 
 def _no_file(path: PathLike, kind: fs.FileType) -> InputError:

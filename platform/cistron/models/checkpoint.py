@@ -108,7 +108,9 @@ def load_checkpoint(
     target = torch.device(device) if device is not None else torch.get_default_device()
     # An owned copy: a tensor that still mapped its file would change, or crash, when the file does.
     weights = {
-        name: tensor.to(device=target, dtype=dtypes.get(name, tensor.dtype), copy=True)
+        name: _floating(name, tensor, source=str(directory)).to(
+            device=target, dtype=dtypes.get(name, tensor.dtype), copy=True
+        )
         for name, tensor in read_tensors(Path(directory), files)
     }
     model.load_state_dict(weights, strict=True, assign=True)
@@ -149,7 +151,7 @@ def check_tensors(tensors: NamedTensors, config: ModelConfig, *, source: str) ->
             raise CheckpointError(f"{source}: tensor {name} was given twice")
         seen.add(name)
         _compare({name: tensor.shape}, {name: expected[name]} if name in expected else {}, source=source)
-        yield name, tensor
+        yield name, _floating(name, tensor, source=source)
     _compare({name: expected[name] for name in seen}, expected, source=source)
 
 
@@ -191,6 +193,12 @@ def _compare(got: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], 
             raise CheckpointError(
                 f"{source}: tensor {name} has shape {list(shape)}, the configuration says {list(expected[name])}"
             )
+
+
+def _floating(name: str, tensor: torch.Tensor, *, source: str) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{source}: tensor {name} holds {tensor.dtype}, and weights are floating-point numbers")
+    return tensor
 
 
 def _listed(names: list[str]) -> str:

@@ -78,6 +78,8 @@ def convert_checkpoint(
     source, destination = Path(source), Path(destination)
     _check_format("source_format", source_format, READERS)
     _check_format("target_format", target_format, WRITERS)
+    if source_format == NATIVE and config is not None:
+        raise InputError("config does not apply to source_format cistron, whose config.json says everything")
     if source_format == NATIVE:
         parsed, tensors = read_config(source), iterate_checkpoint(source)
     else:

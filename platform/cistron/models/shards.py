@@ -22,6 +22,9 @@ WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 MAX_SHARD_BYTES: Final = 5 << 30
 
+_LENGTH_BYTES: Final = 8
+_MAX_HEADER_BYTES: Final = 1 << 32
+
 NamedTensors: TypeAlias = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -30,7 +33,7 @@ def write_shards(directory: Path, tensors: NamedTensors, *, max_shard_bytes: int
     shards: list[list[str]] = []
     total = 0
     for shard in _grouped(tensors, max_shard_bytes):
-        save_file(shard, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+        save_safetensors(shard, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
         del shard  # Else it would stay in memory while the next one is gathered.
@@ -44,6 +47,28 @@ def write_shards(directory: Path, tensors: NamedTensors, *, max_shard_bytes: int
         weight_map.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_safetensors(tensors: Mapping[str, torch.Tensor], path: Path, *, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that has the same permissions as any other new file.
+
+    The library makes files that only their owner may read, which a service that runs as another user cannot.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=dict(metadata))
+    path.chmod(mode)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file is, by its name or its first bytes, safetensors: a header length and a JSON object."""
+    if path.suffix == ".safetensors":
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        start = stream.read(_LENGTH_BYTES + 1)
+    return start[_LENGTH_BYTES:] == b"{" and int.from_bytes(start[:_LENGTH_BYTES], "little") < _MAX_HEADER_BYTES
 
 
 def locate_tensors(directory: Path) -> dict[str, list[str]]:

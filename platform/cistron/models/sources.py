@@ -83,8 +83,8 @@ def unpickle(path: Path, *, trust_pickle: bool, allowed: Sequence[type] = ()) ->
             f"{path} cannot be read without running code it contains, or is broken; if you trust its origin, pass "
             f"trust_pickle=true ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, AttributeError, ImportError) as error:
-        raise CheckpointError(f"{path} is not a readable torch.save file: {_first_line(error)}") from error
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError, ImportError) as error:
+        raise CheckpointError(f"{path} is truncated or not a torch.save file: {_first_line(error)}") from error
 
 
 def json_metadata(source: TensorSource, key: str, *, path: Path) -> dict[str, Any]:

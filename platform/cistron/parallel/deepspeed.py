@@ -126,6 +126,8 @@ class DeepSpeedStrategy:
     def _write(self, directory: str) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
         self._engine.save_checkpoint(directory, tag=_TAG, save_latest=False)
+        for script in Path(directory).glob("*.py"):  # DeepSpeed puts copies of its converters beside the weights.
+            script.unlink(missing_ok=True)
 
     def _read(self, directory: str) -> None:
         loaded, _ = self._engine.load_checkpoint(directory, tag=_TAG)

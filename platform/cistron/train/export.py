@@ -23,13 +23,15 @@ from cistron.train.callbacks.callback import Run
 def training_form(model: str | Mapping[str, Any]) -> ModelConfig:
     """Return the configuration under which `model` is trained from fresh weights.
 
-    Evo 2 learns the factors of its filters instead of the filters, unless a mapping says otherwise.
+    Evo 2 learns the factors of its filters instead of the filters, unless a mapping says otherwise. What is trained
+    here does without FP8, whatever the published weights of that shape need.
     """
     shape = config_from(model)
+    if not isinstance(shape, Evo2Config):
+        return shape
     chosen = isinstance(model, Mapping) and "parametrization" in model
-    if isinstance(shape, Evo2Config) and not chosen:
-        return shape.model_copy(update={"parametrization": "training"})
-    return shape
+    form = shape.parametrization if chosen else "training"
+    return shape.model_copy(update={"parametrization": form, "requires_fp8": False})
 
 
 def export_model(run: Run, shape: ModelConfig, destination: str) -> None:

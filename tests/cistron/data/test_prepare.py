@@ -201,10 +201,20 @@ def test_an_existing_output_is_refused_and_untouched(corpus, genomes):
     assert contents(corpus) == before
 
 
-def test_an_empty_split_is_refused(tmp_path):
+def test_too_few_rows_for_validation_make_no_split(tmp_path, caplog):
     (tmp_path / "x.fa").write_text(">a\nACGT\n")
-    with pytest.raises(InputError, match="no row fell into the split 'valid': change validation_fraction"):
-        prepare_corpus([tmp_path / "x.fa"], tmp_path / "out", alphabet="dna", validation_fraction=0.001)
+    manifest = prepare_corpus([tmp_path / "x.fa"], tmp_path / "out", alphabet="dna", validation_fraction=0.001)
+    assert "no row fell into the split 'valid'" in caplog.text
+    assert list(manifest.splits) == ["train"]
+    assert not (tmp_path / "out" / "valid").exists()
+    with pytest.raises(InputError, match=r"no split 'valid' \(has: train\)"):
+        CorpusIndex.open(tmp_path / "out", "valid")
+
+
+def test_nothing_left_to_train_on_is_refused(tmp_path):
+    (tmp_path / "x.fa").write_text(">a\nACGT\n")
+    with pytest.raises(InputError, match="no row fell into the split 'train': change validation_fraction"):
+        prepare_corpus([tmp_path / "x.fa"], tmp_path / "out", alphabet="dna", validation_fraction=0.999)
     assert [path.name for path in tmp_path.iterdir()] == ["x.fa"]
 
 

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.tiny_models import tiny_esm2, tiny_evo2
 
 from cistron.errors import InputError, SequenceError
 from cistron.inference.contacts import predict_contacts
+from cistron.models.convert import convert_checkpoint
+from cistron.models.registry import load_model
 
+GOLDEN = Path(__file__).parents[2] / "golden"
 PROTEINS = ["MKTAYIAKQR", "GSV", "MEEPQ<mask>DPSVEP"]
 
 
@@ -34,3 +40,14 @@ def test_bad_requests(sequences: list[str], error: type[Exception], message: str
 def test_a_dna_model_has_no_contacts():
     with pytest.raises(InputError, match="contacts need an ESM-2 model, and this is evo2"):
         predict_contacts(tiny_evo2(), ["ACGT"])
+
+
+def test_contacts_are_those_of_the_reference(tmp_path: Path):
+    source = GOLDEN / "esm2_tiny.fair_esm.safetensors"
+    model = load_model(convert_checkpoint(source, tmp_path / "model", source_format="fair-esm"))
+    golden = load_file(GOLDEN / "esm2_tiny.golden.safetensors")
+    proteins = [model.tokenizer.decode(row.numpy()) for row in golden["input_ids"]]
+    assert proteins[-1] == "GXBUZO<mask>.-A"
+    for contacts, expected in zip(predict_contacts(model, proteins), golden["contacts"].numpy(), strict=True):
+        length = len(contacts)
+        np.testing.assert_allclose(contacts, expected[:length, :length], atol=1e-4)

@@ -153,3 +153,18 @@ def test_nan_is_reported_instead_of_sampled():
         next(model.parameters()).fill_(float("nan"))
     with pytest.raises(CapabilityError, match="returned NaN"):
         generate(model, ["ACGT"], num_tokens=2)
+
+
+def test_a_token_id_stops_when_asked_for():
+    options: dict[str, Any] = {"num_tokens": 40, "seed": 2, "top_k": 0, "allowed": "AC\x00\x01"}
+    free = generate(tiny_evo2(), ["ACGT"], **options)[0]
+    first = free.token_ids.index(1)
+    stopped = generate(tiny_evo2(), ["ACGT"], **options, stop=(1, "GG"))[0]
+    assert stopped.token_ids == free.token_ids[: first + 1]
+    assert stopped.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stop", [(512,), (-1,), (1.5,), (None,)])
+def test_a_stop_that_is_neither_text_nor_token_is_refused(stop: Any):
+    with pytest.raises(InputError, match="stop: .* is neither a string nor a token id from 0 to 511"):
+        generate(tiny_evo2(), ["ACGT"], num_tokens=1, stop=stop)

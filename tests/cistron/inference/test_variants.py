@@ -183,3 +183,10 @@ def test_bad_protein_requests(variants: list[Any], reference: Any, options: dict
 def test_a_wild_type_that_is_no_protein():
     with pytest.raises(SequenceError, match=r"reference: letter '\*' at position 4"):
         score_variants(tiny_esm2(), ["K2A"], "MKT*")
+
+
+def test_the_default_window_is_no_longer_than_the_model_reads():
+    model = tiny_evo2()
+    variant = ("c", 60, CONTIG[59], other(CONTIG[59]))
+    shortened = score_variants(model, [variant], {"c": CONTIG}, window=model.config.max_length)
+    assert score_variants(model, [variant], {"c": CONTIG}).equals(shortened)

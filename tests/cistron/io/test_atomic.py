@@ -40,7 +40,7 @@ def write_and_fail(create: Callable[[Path], AbstractContextManager[Path]], path:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failure_leaves_things_as_they_were(tmp_path: Path, error: type[BaseException]):
     (tmp_path / "file").write_text("old")
-    for create, name in ((new_directory, "folder"), (new_file, "file")):
+    for create, name in ((new_directory, "folder"), (new_file, "file"), (new_file, "new/deep/file")):
         with pytest.raises(error):
             write_and_fail(create, tmp_path / name, error)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -55,3 +55,10 @@ def test_what_is_in_the_way_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="full is a folder"), new_file(tmp_path / "full"):
         pass
     assert (tmp_path / "full" / "a").read_text() == "mine"
+
+
+def test_a_failure_keeps_a_new_folder_that_others_use_by_now(tmp_path: Path):
+    with pytest.raises(ValueError, match="late"), new_file(tmp_path / "shared" / "mine"):
+        (tmp_path / "shared" / "theirs").write_text("1")
+        raise ValueError("late")
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["theirs"]

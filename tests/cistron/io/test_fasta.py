@@ -32,6 +32,12 @@ def test_compression_is_seen_in_the_bytes_not_the_name(tmp_path):
     assert list(read_fasta(packed)) == list(read_fasta(plain)) == list(read_fasta(put(tmp_path, text)))
 
 
+def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path):
+    text = b"\xef\xbb\xbf>a\nACGT\n"
+    for content in (text, gzip.compress(text)):
+        assert list(read_fasta(put(tmp_path, content))) == [FastaRecord("a", "", "ACGT", 1)]
+
+
 def test_a_long_line_is_read_in_pieces(tmp_path):
     letters = "ACGTN" * 500_000
     path = put(tmp_path, f">a\n{letters}\n>b\n{letters[:70]}\n")

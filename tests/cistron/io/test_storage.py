@@ -137,3 +137,7 @@ def test_native_file_is_random_access(tmp_path):
         assert isinstance(stream, pa.NativeFile)
         stream.seek(4)
         assert stream.read(2) == b"45"
+
+
+def test_a_name_that_no_file_can_have_does_not_exist(tmp_path):
+    assert not storage.exists(tmp_path / ("ACGT" * 200))

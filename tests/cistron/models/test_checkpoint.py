@@ -309,3 +309,17 @@ def test_an_esm2_checkpoint_is_a_complete_hugging_face_one(tmp_path: Path, max_s
     with torch.no_grad():
         expected = theirs(ids, attention_mask=torch.ones_like(ids)).logits
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [20_000, 5 << 30])
+def test_weights_may_be_read_by_whoever_reads_the_rest(max_shard_bytes: int, tmp_path: Path):
+    directory = save_checkpoint(tiny_evo2(), tmp_path / "model", max_shard_bytes=max_shard_bytes)
+    (tmp_path / "any").touch()
+    assert {path.stat().st_mode for path in directory.iterdir()} == {(tmp_path / "any").stat().st_mode}
+
+
+@pytest.mark.parametrize("name", ["embedding.weight", "blocks.3.mixer.rotary.inv_freq"])
+def test_weights_that_are_no_fractions_are_refused(name: str, checkpoint: Path):
+    rewrite(checkpoint, lambda tensors: tensors.update({name: tensors[name].to(torch.int32)}))
+    with pytest.raises(CheckpointError, match=f"tensor {name} holds torch.int32"):
+        load_checkpoint(checkpoint)

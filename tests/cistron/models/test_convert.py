@@ -183,3 +183,41 @@ def test_esm2_cannot_become_vortex(tmp_path: Path):
     native = save_checkpoint(tiny_esm2(), tmp_path / "native")
     with pytest.raises(InputError, match="vortex holds evo2 models"):
         convert_checkpoint(native, tmp_path / "out.pt", source_format="cistron", target_format="vortex")
+
+
+@pytest.mark.parametrize(("source", "foreign"), [(EVO2, "vortex"), (ESM2, "fair-esm")])
+def test_a_file_is_known_by_its_content(source: Path, foreign: str, tmp_path: Path):
+    native = convert_checkpoint(source, tmp_path / "native", source_format=foreign)
+    out = convert_checkpoint(native, tmp_path / "without_suffix", source_format="cistron", target_format=foreign)
+    back = convert_checkpoint(out, tmp_path / "back", source_format=foreign)
+    assert sha256(back / "model.safetensors") == sha256(native / "model.safetensors")
+
+
+def test_vortex_reads_the_pickle_that_is_written(tmp_path: Path):
+    native = convert_checkpoint(EVO2, tmp_path / "native", source_format="vortex")
+    out = convert_checkpoint(native, tmp_path / "out" / "model.pt", source_format="cistron", target_format="vortex")
+    assert list(out.parent.iterdir()) == [out]
+    expected, got = load_file(EVO2), torch.load(out, weights_only=True)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_pickle_that_cannot_be_written_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match=r"end the name in \.safetensors"):
+        convert_checkpoint(ESM2, tmp_path / "out.pt", source_format="fair-esm", target_format="fair-esm")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", [0, 3, 5_000, 50_000])
+def test_a_truncated_pickle_is_named(kept: int, tmp_path: Path):
+    torch.save(load_file(EVO2), tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=r"cut\.pt"):
+        convert_checkpoint(tmp_path / "cut.pt", tmp_path / "model", source_format="vortex")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_native_source_takes_no_other_configuration(tmp_path: Path):
+    native = save_checkpoint(tiny_evo2(), tmp_path / "native")
+    with pytest.raises(InputError, match="config does not apply"):
+        convert_checkpoint(native, tmp_path / "model", source_format="cistron", config={"hidden_size": 8})

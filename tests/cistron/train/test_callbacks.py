@@ -13,7 +13,7 @@ from cistron.parallel.mesh import World
 from cistron.train.callbacks.callback import Run
 from cistron.train.callbacks.jsonl import JsonlWriter
 from cistron.train.callbacks.mirror import Mirror
-from cistron.train.callbacks.progress import LineView
+from cistron.train.callbacks.progress import BarView, LineView
 from cistron.train.callbacks.ray_metrics import GAUGES
 from cistron.train.callbacks.tensorboard import TensorBoardWriter
 from cistron.train.metrics import Meter, Metrics, StepResult, peak_flops
@@ -122,6 +122,16 @@ def test_lines_are_rare_but_the_last_one_is_there(caplog):
     view.close()
     view.close()
     assert [line.split(",")[0] for line in caplog.messages] == ["run: step 0 of 10", "run: step 3 of 10"]
+
+
+def test_a_bar_says_where_the_run_stands(capsys):
+    view = BarView("run", 10)
+    view.show(record(4).to_json())
+    view.close()
+    shown = capsys.readouterr()
+    assert "4/10" in shown.err
+    assert "loss 1.500" in shown.err
+    assert not shown.out
 
 
 def test_a_local_run_folder_is_written_in_place(tmp_path):

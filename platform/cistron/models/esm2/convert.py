@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
 
-from cistron.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from cistron.errors import CheckpointError, CheckpointNotFoundError, ConfigError, InputError
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.matching import native_tensors, renamed
 from cistron.models.esm2.names import (
@@ -33,7 +32,7 @@ from cistron.models.esm2.names import (
     modern_hugging_face_name,
 )
 from cistron.models.manifest import is_plain_name, read_json
-from cistron.models.shards import MAX_SHARD_BYTES, locate_tensors, write_shards
+from cistron.models.shards import MAX_SHARD_BYTES, is_safetensors, locate_tensors, save_safetensors, write_shards
 from cistron.models.sources import TensorSource, from_safetensors, from_tensors, json_metadata, unpickle
 from cistron.tokenizers import ESM2_TOKENS
 
@@ -108,8 +107,11 @@ def write_fair_esm(config: Esm2Config, tensors: Iterable[tuple[str, torch.Tensor
     The tensors are held in memory together: the format has one header for all.
 
     Raises:
+        InputError: the destination's name promises a pickle.
         CheckpointError: fair-esm has no field for a setting of `config`.
     """
+    if destination.suffix == ".pt":
+        raise InputError("destination: fair-esm files are written as safetensors; end the name in .safetensors")
     if (config.intermediate_size, config.layer_norm_eps) != (4 * config.hidden_size, 1e-5):
         raise CheckpointError(
             f"{destination}: fair-esm fixes the MLP's width at 4 x hidden_size and layer_norm_eps at 1e-5; "
@@ -124,7 +126,7 @@ def write_fair_esm(config: Esm2Config, tensors: Iterable[tuple[str, torch.Tensor
     theirs[FAIR_ESM_TIED] = native[EMBEDDING].clone().contiguous()
     theirs |= {name: inv_freq.clone().contiguous() for name in fair_esm_inv_freq(config)}
     fields = {name: getattr(config, ours) for name, ours in _FAIR_ESM_FIELDS.items()}
-    save_file(theirs, destination, metadata={"config": json.dumps(fields)})
+    save_safetensors(theirs, destination, metadata={"config": json.dumps(fields)})
 
 
 def write_hf(config: Esm2Config, tensors: Iterable[tuple[str, torch.Tensor]], destination: Path) -> None:
@@ -151,7 +153,7 @@ def _open_fair_esm(path: Path, *, trust_pickle: bool) -> TensorSource:
 
 def _open_file(path: Path, *, trust_pickle: bool) -> TensorSource:
     """Open one file of fair-esm; a pickle's settings become metadata, as safetensors have it."""
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         return from_safetensors([path])
     content = unpickle(path, trust_pickle=trust_pickle, allowed=[argparse.Namespace])
     state = content.get("model") if isinstance(content, dict) else None

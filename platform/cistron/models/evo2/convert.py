@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file
 
 from cistron.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from cistron.models.evo2 import vortex
@@ -26,6 +27,7 @@ from cistron.models.evo2.config import Evo2Config
 from cistron.models.evo2.hyena import decayed_taps, factored_log_poles
 from cistron.models.evo2.model import Evo2
 from cistron.models.published import all_specs
+from cistron.models.shards import is_safetensors
 from cistron.models.sources import TensorSource, from_safetensors, from_tensors, json_metadata, unpickle
 from cistron.models.streaming import write_safetensors
 
@@ -73,6 +75,9 @@ def read_vortex(
 def write_vortex(config: Evo2Config, tensors: NamedTensors, destination: Path) -> None:
     """Write native tensors as a safetensors file in vortex's names and layout, with its settings as metadata.
 
+    A destination that ends in ``.pt`` becomes a pickled state dict, the only kind that vortex itself reads; that has no
+    place for the settings, which vortex takes from a YAML file.
+
     The training form is converted to the inference form on the way: vortex knows no other.
 
     Raises:
@@ -82,7 +87,12 @@ def write_vortex(config: Evo2Config, tensors: NamedTensors, destination: Path) -
     settings = json.dumps(vortex.config_to_vortex(config))
     names = {name: vortex.vortex_name(config, name) for name in Evo2(config, device="meta").state_dict()}
     renamed = ((names[name], vortex.to_vortex_layout(config, name, tensor)) for name, tensor in tensors)
-    write_safetensors(destination, renamed, names=names.values(), metadata={"config": settings})
+    if destination.suffix != ".pt":
+        write_safetensors(destination, renamed, names=names.values(), metadata={"config": settings})
+        return
+    with tempfile.NamedTemporaryFile(dir=destination.parent, prefix=".", suffix=".safetensors") as mapped:
+        write_safetensors(Path(mapped.name), renamed, names=names.values(), metadata={})
+        torch.save(load_file(mapped.name), destination)  # The tensors map the file, so memory need not hold them.
 
 
 def to_inference_form(
@@ -177,7 +187,7 @@ def _unsplit(path: Path) -> Path:
 
 def _open(path: Path, *, trust_pickle: bool) -> TensorSource:
     """Open a weight file; parts are joined in a temporary file, which is gone once its tensors are mapped."""
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         return from_safetensors([path])
     parts = {int(match["number"]): part for part in path.parent.glob("*") if (match := _part_of(part, path))}
     if path.exists() or not parts:

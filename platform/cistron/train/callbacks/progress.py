@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 import ray
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cistron.train.callbacks.callback import Callback, Run
@@ -81,7 +82,7 @@ class BarView:
 
     def __init__(self, title: str, total: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, TextColumn("{task.fields[note]}"))
+        self._progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
         self._task = self._progress.add_task(title, total=total, note="")
         self._progress.start()
 
