@@ -86,13 +86,16 @@ def run(config: GenerateConfig) -> list[Generation]:
 def _prompts(prompts: str | Sequence[str]) -> list[FastaRecord]:
     """Return the prompts as records; a single string is a file if there is one, else a sequence."""
     if isinstance(prompts, str):
-        if prompts and storage.exists(prompts):
+        if not prompts:
+            raise InputError("prompts: the request is empty")
+        if storage.exists(prompts):
             return list(read_fasta(prompts))
         try:
-            prompts = [ByteTokenizer().validate(prompts, name="prompts")]
+            prompts = [ByteTokenizer().validate(prompts, name="as a sequence")]
         except SequenceError as error:
             shown = prompts if len(prompts) <= _LETTERS_SHOWN else f"{prompts[:_LETTERS_SHOWN]}..."
-            raise InputError(f"prompts: no such file, and not a DNA sequence: {shown} ({error})") from error
+            reason = "" if {".", "/"} & set(prompts) else f" ({error})"
+            raise InputError(f"prompts: no such file, and not a DNA sequence: {shown}{reason}") from error
     return [FastaRecord(f"prompt_{index}", "", prompt) for index, prompt in enumerate(prompts)]
 
 

@@ -7,6 +7,7 @@ from pydantic import Field
 from cistron.config import Config
 from cistron.data.index import Alphabet
 from cistron.data.prepare import ROW_LENGTH, VALIDATION_FRACTION, prepare_corpus
+from cistron_jobs.ray_session import ray_session
 
 
 class PrepareDataConfig(Config):
@@ -36,5 +37,6 @@ def run(config: PrepareDataConfig) -> str:
     """Write the corpus and return its path."""
     settings = config.model_dump(exclude={"input", "output"})
     inputs = [config.input] if isinstance(config.input, str) else list(config.input)
-    prepare_corpus(inputs, config.output, **settings)
+    with ray_session():
+        prepare_corpus(inputs, config.output, **settings)
     return config.output

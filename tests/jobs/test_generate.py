@@ -81,7 +81,7 @@ def test_prompts_as_text(files: Path, word: str, count: int):
     ("word", "error", "message"),
     [
         ("prompts=nowhere.fa", InputError, "prompts: no such file, and not a DNA sequence: nowhere.fa"),
-        ("prompts=", InputError, "prompts: .* the sequence is empty"),
+        ("prompts=", InputError, "prompts: the request is empty"),
         ("prompts=MKL", InputError, "prompts: .*letter 'L' at position 3"),
         (f"prompts={'A' * 300}", SequenceError, "prompt 0: 300 nt is longer than the limit of 256"),
         ("prompts=[]", InputError, "prompts: the request is empty"),

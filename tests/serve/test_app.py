@@ -63,6 +63,7 @@ def settings(checkpoints: dict[str, Path]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def client(checkpoints: dict[str, Path]) -> Iterator[httpx.Client]:
     port = free_port()
+    before = descendants(os.getpid())  # Helpers that earlier tests of this process left, such as a resource tracker.
     ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -70,7 +71,7 @@ def client(checkpoints: dict[str, Path]) -> Iterator[httpx.Client]:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
             yield http
     finally:
-        started = descendants(os.getpid())
+        started = set(descendants(os.getpid())).difference(before)
         serve.shutdown()
         ray.shutdown()
     assert len(started) > 4

@@ -84,8 +84,8 @@ def prepare_corpus(
         alphabet: what the letters are.
         row_length: longest DNA row in nt; proteins are never cut here.
         rows_per_shard: ``None`` chooses about 64 Mi letters of DNA, or 131,072 proteins.
-        validation_fraction: share of the rows in the split ``valid``; 0 makes none, and so, with a warning, does a share
-            of so few rows that none is drawn.
+        validation_fraction: share of the rows in the split ``valid``; 0 makes none, and so, with a warning, does a
+            share of so few rows that none is drawn.
         seed: of the split.
         sequence_column: Parquet column of the letters.
         name_column: Parquet column of the names; ``None`` names a record by its file and row.

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from cistron.errors import CheckpointError, CheckpointNotFoundError
 from cistron.models.shards import open_safetensors
+
+_TORCH_REASON: Final = re.compile(r"^.*(?:GLOBAL|WeightsUnpickler error).*$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,4 +113,7 @@ def _load_safetensor(files: Mapping[str, Path], name: str) -> torch.Tensor:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    """Return what went wrong, without the advice that torch puts around it."""
+    text = str(error)
+    reason = _TORCH_REASON.search(text)
+    return reason[0].strip() if reason else text.strip().partition("\n")[0]

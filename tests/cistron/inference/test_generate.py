@@ -166,5 +166,5 @@ def test_a_token_id_stops_when_asked_for():
 
 @pytest.mark.parametrize("stop", [(512,), (-1,), (1.5,), (None,)])
 def test_a_stop_that_is_neither_text_nor_token_is_refused(stop: Any):
-    with pytest.raises(InputError, match="stop: .* is neither a string nor a token id from 0 to 511"):
+    with pytest.raises(InputError, match=r"stop: .* is neither a string nor a token id from 0 to 511"):
         generate(tiny_evo2(), ["ACGT"], num_tokens=1, stop=stop)

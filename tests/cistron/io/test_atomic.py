@@ -58,7 +58,11 @@ def test_what_is_in_the_way_is_refused(tmp_path: Path):
 
 
 def test_a_failure_keeps_a_new_folder_that_others_use_by_now(tmp_path: Path):
-    with pytest.raises(ValueError, match="late"), new_file(tmp_path / "shared" / "mine"):
-        (tmp_path / "shared" / "theirs").write_text("1")
-        raise ValueError("late")
+    def fail_late():
+        with new_file(tmp_path / "shared" / "mine"):
+            (tmp_path / "shared" / "theirs").write_text("1")
+            raise ValueError("late")
+
+    with pytest.raises(ValueError, match="late"):
+        fail_late()
     assert [path.name for path in (tmp_path / "shared").iterdir()] == ["theirs"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from cistron.errors import InputError
+from cistron.models.layers.inputs import check_rows, packed_offsets
 
 
 class Layout:
@@ -66,16 +66,7 @@ def padded_layout(
     Raises:
         InputError: wrong number of dimensions, no tokens, or a mask of another shape than the ids.
     """
-    _check_ids(input_ids)
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise InputError(
-            f"input_ids must be [B, L] with at least one token, or [T] together with cu_seqlens; "
-            f"got shape {list(input_ids.shape)}"
-        )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise InputError(
-            f"attention_mask has shape {list(attention_mask.shape)}, input_ids has {list(input_ids.shape)}"
-        )
+    check_rows(input_ids, attention_mask)
     real = input_ids != pad_id if attention_mask is None else attention_mask.bool()
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     return Layout(positions=positions, inv_freq=inv_freq, real=real)
@@ -93,21 +84,5 @@ def packed_layout(
     Raises:
         InputError: wrong shapes, offsets that do not run from 0 to T, or an attention mask beside them.
     """
-    _check_ids(input_ids)
-    if attention_mask is not None:
-        raise InputError("attention_mask does not apply to packed input: cu_seqlens already says what is real")
-    if input_ids.dim() != 1 or not input_ids.numel():
-        raise InputError(f"with cu_seqlens, input_ids must be [T] and not empty; got shape {list(input_ids.shape)}")
-    offsets = cu_seqlens.to("cpu", torch.int64)
-    if offsets.dim() != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(input_ids):
-        raise InputError(f"cu_seqlens must run from 0 to {len(input_ids)}, the number of tokens; got {cu_seqlens}")
-    if (lengths := offsets.diff()).min() < 0:
-        raise InputError(f"cu_seqlens must not decrease; got {cu_seqlens}")
-    starts = offsets[:-1].repeat_interleave(lengths)
-    positions = (torch.arange(len(input_ids)) - starts).to(input_ids.device, non_blocking=True)
-    return Layout(positions=positions, inv_freq=inv_freq, cu_seqlens=offsets)
-
-
-def _check_ids(input_ids: torch.Tensor) -> None:
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise InputError(f"input_ids must be int64 or int32 token ids, got {input_ids.dtype}")
+    offsets, positions = packed_offsets(input_ids, attention_mask, cu_seqlens)
+    return Layout(positions=positions.to(input_ids.device, non_blocking=True), inv_freq=inv_freq, cu_seqlens=offsets)

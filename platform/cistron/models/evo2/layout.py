@@ -14,6 +14,7 @@ import torch
 
 from cistron.errors import InputError
 from cistron.models.evo2.cache import Cache
+from cistron.models.layers.inputs import check_rows, packed_offsets
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,8 @@ def padded_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) 
     Raises:
         InputError: wrong shapes or dtype, no tokens, or padding that is not on the right.
     """
-    _check_rows(input_ids)
-    _real_lengths(input_ids, attention_mask)
+    check_rows(input_ids, attention_mask)
+    _real_lengths(attention_mask)
     return Layout(positions=torch.arange(input_ids.shape[1], device=input_ids.device))
 
 
@@ -83,10 +84,10 @@ def cached_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, 
     Raises:
         InputError: as :func:`padded_layout`, or another number of rows than the cache has.
     """
-    _check_rows(input_ids)
+    check_rows(input_ids, attention_mask)
     if len(input_ids) != cache.batch_size:
         raise InputError(f"the cache has {cache.batch_size} rows, input_ids has {len(input_ids)}")
-    lengths = _real_lengths(input_ids, attention_mask)
+    lengths = _real_lengths(attention_mask)
     offsets = torch.arange(input_ids.shape[1], device=input_ids.device)
     return Layout(positions=cache.lengths[:, None] + offsets, lengths=lengths)
 
@@ -97,22 +98,11 @@ def packed_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, 
     Raises:
         InputError: wrong shapes, offsets that do not run from 0 to T, or an attention mask beside them.
     """
-    _check_ids(input_ids)
-    if attention_mask is not None:
-        raise InputError("attention_mask does not apply to packed input: cu_seqlens already says what is real")
-    if input_ids.dim() != 1 or not input_ids.numel():
-        raise InputError(f"with cu_seqlens, input_ids must be [T] and not empty; got shape {list(input_ids.shape)}")
-    offsets = cu_seqlens.to("cpu", torch.int64)
-    if offsets.dim() != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(input_ids):
-        raise InputError(f"cu_seqlens must run from 0 to {len(input_ids)}, the number of tokens; got {cu_seqlens}")
-    lengths = offsets.diff()
-    if lengths.min() < 0:
-        raise InputError(f"cu_seqlens must not decrease; got {cu_seqlens}")
-    positions = torch.arange(len(input_ids)) - offsets[:-1].repeat_interleave(lengths)
+    offsets, positions = packed_offsets(input_ids, attention_mask, cu_seqlens)
     return Layout(
         positions=positions.to(input_ids.device),
         cu_seqlens=offsets,
-        buckets=_buckets(offsets[:-1], lengths, input_ids.device),
+        buckets=_buckets(offsets[:-1], offsets.diff(), input_ids.device),
     )
 
 
@@ -131,29 +121,11 @@ def _buckets(starts: torch.Tensor, lengths: torch.Tensor, device: torch.device) 
     return tuple(found)
 
 
-def _real_lengths(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+def _real_lengths(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """Return each row's number of real tokens [B], or None without a mask."""
     if attention_mask is None:
         return None
-    if attention_mask.shape != input_ids.shape:
-        raise InputError(
-            f"attention_mask has shape {list(attention_mask.shape)}, input_ids has {list(input_ids.shape)}"
-        )
     real = attention_mask.bool()
     if (real[:, 1:] & ~real[:, :-1]).any():
         raise InputError("attention_mask: padding must be on the right, but a padded position precedes a real one")
     return real.sum(dim=1)
-
-
-def _check_rows(input_ids: torch.Tensor) -> None:
-    _check_ids(input_ids)
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise InputError(
-            f"input_ids must be [B, L] with at least one token, or [T] together with cu_seqlens; "
-            f"got shape {list(input_ids.shape)}"
-        )
-
-
-def _check_ids(input_ids: torch.Tensor) -> None:
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise InputError(f"input_ids must be int64 or int32 token ids, got {input_ids.dtype}")
