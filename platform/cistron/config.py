@@ -137,6 +137,8 @@ def _explain(cls: type[Config], fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{path}: required, but not given"
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error" and isinstance(fault["input"], dict):
+        return f"{path}: {message}"  # Settings that contradict each other; the message names them.
     return f"{path}: {message} (got {fault['input']!r})"
 
 

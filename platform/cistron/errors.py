@@ -56,3 +56,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     lowered = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
     return f"; did you mean {lowered[close[0]]!r}?" if close else ""
+
+
+def own_error(error: BaseException) -> BaseException:
+    """Return the error of ours that Ray's wrappers hold, or `error` itself when there is none.
+
+    What is inside keeps its first line: our messages are one line there, and Ray adds its advice on retries.
+    """
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, CistronError) and type(inner).__module__ == __name__:
+            return inner if inner is error else type(inner)(str(inner).partition("\n")[0])
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return error

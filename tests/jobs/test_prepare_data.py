@@ -8,7 +8,7 @@ import ray
 from cistron.config import resolve
 from cistron.data.config import DataConfig, build_plan
 from cistron.data.samples import iterate_samples
-from cistron.errors import ConfigError
+from cistron.errors import ConfigError, SequenceError
 from cistron_jobs.prepare_data import PrepareDataConfig, run
 
 
@@ -42,6 +42,17 @@ def test_run_makes_a_corpus_that_training_can_read(cluster, tmp_path, monkeypatc
     samples = list(iterate_samples(plan, range(plan.samples_per_epoch)))
     assert samples
     assert all(set(bytes(sample.input_ids.tolist())) <= set(b"ACGT") for sample in samples)
+
+
+@pytest.mark.ray
+def test_a_refused_file_is_one_error_without_rays_own(cluster, tmp_path, caplog, capfd):
+    (tmp_path / "bad.fa").write_text(">a\nACGT\n>b\nAC!T\n")
+    settings = {"input": str(tmp_path / "bad.fa"), "output": str(tmp_path / "out"), "alphabet": "dna"}
+    with pytest.raises(SequenceError, match=r"bad\.fa: record 'b' \(line 3\): letter '!' at position 3"):
+        run(resolve(PrepareDataConfig, settings))
+    assert not any(record.levelno >= logging.ERROR for record in caplog.records)
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.fa"]
 
 
 @pytest.mark.parametrize(

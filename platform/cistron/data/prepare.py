@@ -8,7 +8,8 @@ written by the task that holds it. The driver sees only lengths and hashes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -21,7 +22,7 @@ from ray.data.block import BlockMetadata
 from cistron.data.index import Alphabet, CorpusManifest, read_manifest
 from cistron.data.rows import RowFormat, SourceFile, find_sources, read_rows
 from cistron.data.shards import WrittenShard, commit, rows_to_tables, split_mask, write_shard
-from cistron.errors import CistronError, ConfigError
+from cistron.errors import ConfigError, own_error
 from cistron.io import storage
 from cistron.io.storage import PathLike
 
@@ -149,9 +150,10 @@ class _Pipeline:
         dataset = dataset.repartition(target_num_rows_per_block=self.rows_per_shard, strict=True)
         dataset = dataset.map_batches(write, **options)
         try:
-            reports = list(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+            with _without_ray_log():
+                reports = list(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
         except Exception as error:
-            raise _cause(error) from error
+            raise own_error(error) from error
         return [shard for report in reports for shard in WrittenShard.from_table(report)]
 
     def manifest(self, sources: tuple[str, ...]) -> dict[str, Any]:
@@ -184,16 +186,16 @@ def _write(table: pa.Table, *, folder: str, split: str, rows_per_group: int) -> 
     return write_shard(table, folder=folder, split=split, rows_per_group=rows_per_group).to_table()
 
 
-def _cause(error: BaseException) -> BaseException:
-    """Return our own error from inside Ray's wrappers; any other failure stays as it is."""
-    inner: BaseException | None = error
-    while inner is not None:
-        for kind in type(inner).__mro__:
-            if issubclass(kind, CistronError) and kind.__module__ == CistronError.__module__:
-                # Our messages are one line here; what follows is Ray's advice on retries, which would not help.
-                return kind(str(getattr(inner, "cause", inner)).partition("\n")[0])
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return error
+@contextmanager
+def _without_ray_log() -> Iterator[None]:
+    """Keep Ray Data from logging a refused file as its own fault, twice and with a trace; it raises the error, too."""
+    log = logging.getLogger("ray.data")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _rows_per_shard(form: RowFormat) -> int:

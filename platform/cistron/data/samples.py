@@ -156,7 +156,8 @@ def _row_group(file: str, sha256: str, group: int) -> pa.ChunkedArray:
     try:
         return _open_shard(file, sha256).read_row_group(group, columns=["tokens"]).column("tokens")
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file}: row group {group} cannot be read ({error}); the shard is damaged") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: row group {group} cannot be read ({reason}); the shard is damaged") from error
 
 
 @lru_cache(maxsize=_OPEN_SHARDS)

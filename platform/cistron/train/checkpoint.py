@@ -1,7 +1,8 @@
 """Checkpoints of a run: ``checkpoints/step=N/{dcp|deepspeed}/`` and a manifest that is written last.
 
 A folder without a manifest is a torn one and does not exist for anybody. The manifest holds what continuing needs
-beside the sharded state: the data cursor, every rank's random state, how many ranks there were, and the settings.
+beside the sharded state: the data cursor, every rank's random state, how many ranks there were, which corpus, and the
+settings; and it lists the files with their sizes, so that damage is found before a worker starts.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import base64
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -36,6 +37,8 @@ class Manifest:
         folder: ``dcp`` or ``deepspeed``.
         rng: each rank's random state, in rank order.
         config: the resolved settings.
+        corpus: fingerprint of the corpus.
+        files: size in bytes of each file, by its path below the checkpoint; filled in when the manifest is written.
         version: of this layout.
     """
 
@@ -46,6 +49,8 @@ class Manifest:
     folder: str
     rng: tuple[Mapping[str, str], ...]
     config: Mapping[str, Any]
+    corpus: str
+    files: Mapping[str, int] = field(default_factory=dict)
     version: int = VERSION
 
 
@@ -80,15 +85,38 @@ class CheckpointStore:
             CheckpointError: it is not one that this version can read.
         """
         path = storage.join(self.directory(step), MANIFEST)
-        content = json.loads(storage.read_text(path))
-        if content.get("version") != VERSION:
-            raise CheckpointError(f"{path}: version {content.get('version')!r}, this Cistron reads {VERSION}")
-        return Manifest(**{**content, "rng": tuple(content["rng"])})
+        try:
+            content = json.loads(storage.read_text(path))
+            if content.get("version") != VERSION:
+                raise CheckpointError(f"{path}: version {content.get('version')!r}, this Cistron reads {VERSION}")
+            return Manifest(**{**content, "rng": tuple(content["rng"])})
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged ({error}); {self._way_out(step)}") from error
 
     def write(self, manifest: Manifest) -> None:
-        """Declare the checkpoint of ``manifest.step`` complete."""
+        """Declare the checkpoint of ``manifest.step`` complete, with the files that are there."""
+        manifest = replace(manifest, files=self._sizes(manifest.step))
         path = storage.join(self.directory(manifest.step), MANIFEST)
         storage.write_text(path, json.dumps(asdict(manifest), indent=1) + "\n")
+
+    def verify(self, manifest: Manifest) -> None:
+        """Check that every file of a checkpoint is there in its full size.
+
+        Raises:
+            CheckpointError: one is not; names it.
+        """
+        found = self._sizes(manifest.step)
+        for file, size in manifest.files.items():
+            if found.get(file) != size:
+                path = storage.join(self.directory(manifest.step), file)
+                state = f"{found[file]:,} bytes instead of {size:,}" if file in found else "missing"
+                raise CheckpointError(f"{path}: {state}; {self._way_out(manifest.step)}")
+
+    def prune(self, keep: int) -> None:
+        """Delete all complete checkpoints but the newest `keep`; the manifest goes first."""
+        for step in [step for step in self._steps() if self._is_complete(step)][:-keep]:
+            storage.remove_tree(storage.join(self.directory(step), MANIFEST))
+            storage.remove_tree(self.directory(step))
 
     def discard_torn(self) -> None:
         """Delete checkpoints whose writing was cut short."""
@@ -98,6 +126,15 @@ class CheckpointStore:
 
     def _is_complete(self, step: int) -> bool:
         return storage.exists(storage.join(self.directory(step), MANIFEST))
+
+    def _way_out(self, step: int) -> str:
+        return f"remove {self.directory(step)} to resume from the checkpoint before it"
+
+    def _sizes(self, step: int) -> dict[str, int]:
+        filesystem, path = storage.resolve(self.directory(step))
+        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        sizes = {info.path[len(path) + 1 :]: info.size for info in found if info.type == fs.FileType.File}
+        return {file: sizes[file] for file in sorted(sizes) if file != MANIFEST}
 
     def _steps(self) -> list[int]:
         filesystem, path = storage.resolve(self._root)

@@ -77,7 +77,7 @@ class TrainConfig(Config):
     evaluate_samples: int = Field(default=256, gt=0)
     """Held-out samples of each evaluation, always the same ones."""
     log_every: int = Field(default=10, gt=0)
-    """Steps over which a record of metrics is averaged."""
+    """Steps over which a record of metrics is averaged; one ends at each checkpoint, too."""
     max_failures: int = Field(default=2, ge=-1)
     """Restarts after a worker failed; -1 for any number. Preempted nodes do not count."""
     peak_flops: float | None = Field(default=None, gt=0)
@@ -105,6 +105,8 @@ class PretrainConfig(Config):
     model: str | dict[str, Any]
     """Registry name such as `evo2_7b` or `esm2_t33_650M_UR50D`, or a mapping with `model_type` and its settings."""
     data: DataConfig
+    """What to train on."""
     train: TrainConfig
+    """How to train."""
     run_dir: str | None = None
     """Folder or URL of the run; the same command with the same folder resumes. runs/<id> if not given."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from cistron.data.pack import PackedBatch
-from cistron.errors import CistronError
+from cistron.errors import CistronError, InputError
 from cistron.models.base import SequenceModel
 from cistron.parallel.mesh import World
 from cistron.parallel.strategy import Strategy
@@ -54,7 +54,7 @@ def train(
         run.cursor += config.global_batch_size
         run.tokens += result.tokens
         meter.add(result)
-        if run.step % config.log_every == 0 or run.step == config.steps:
+        if _record_is_due(run):
             metrics = meter.flush(step=run.step, tokens=run.tokens)
             for callback in callbacks:
                 callback.on_metrics(run, metrics)
@@ -110,6 +110,9 @@ def evaluate_blocks(strategy: Strategy, blocks: Mapping[int, Sequence[PackedBatc
     Args:
         strategy: holds the model.
         blocks: this rank's packed batches by block number; every block belongs to one rank.
+
+    Raises:
+        InputError: no block of any rank has a target.
     """
     world = strategy.world
     own = [(block, batch) for block, batches in blocks.items() for batch in batches]
@@ -118,7 +121,10 @@ def evaluate_blocks(strategy: Strategy, blocks: Mapping[int, Sequence[PackedBatc
     gathered = [
         pair for rank in world.gather(list(zip(losses, (_weight([b]) for _, b in own), strict=True))) for pair in rank
     ]
-    return math.fsum(loss for loss, _ in gathered) / math.fsum(weight for _, weight in gathered)
+    weight = math.fsum(weight for _, weight in gathered)
+    if weight <= 0:
+        raise InputError("the held-out samples hold no target that weighs anything: raise train.evaluate_samples")
+    return math.fsum(loss for loss, _ in gathered) / weight
 
 
 def align(batches: Sequence[PackedBatch], world: World) -> list[PackedBatch]:
@@ -151,6 +157,12 @@ def _next_step(
         flops=flops,
         wait_s=time.perf_counter() - began,
     )
+
+
+def _record_is_due(run: Run) -> bool:
+    """Return whether to write a record; one ends at each checkpoint, so that a resumed run averages the same steps."""
+    config = run.config.train
+    return run.step == config.steps or 0 in (run.step % config.log_every, run.step % config.checkpoint_every)
 
 
 def _evaluation_is_due(run: Run) -> bool:

@@ -42,14 +42,25 @@ class RunFolder:
         self.name = storage.name_of(path)
         self.checkpoints = CheckpointStore(path)
         self.export = storage.join(path, "export")
+        self._config = storage.join(path, "config.yaml")
 
     def claim(self, config: PretrainConfig) -> None:
-        """Write ``config.yaml``, or check that this is the run which was begun here.
+        """Write ``config.yaml``: from now on the folder belongs to this run.
 
         Raises:
             ConfigError: the folder holds a run with other settings; names each.
         """
-        file = storage.join(self.path, "config.yaml")
+        self.check(config)
+        storage.make_dirs(self.path)
+        storage.write_text(self._config, to_yaml(config))
+
+    def check(self, config: PretrainConfig) -> None:
+        """Check that the folder is free, or that this is the run which was begun here.
+
+        Raises:
+            ConfigError: the folder holds a run with other settings; names each.
+        """
+        file = self._config
         if storage.exists(file):
             began = resolve(PretrainConfig, parse_yaml(storage.read_text(file), source=file))
             if faults := contradictions(began, config):
@@ -57,8 +68,13 @@ class RunFolder:
                 raise ConfigError(
                     f"{self.path} holds a run with other settings; choose another run_dir, or undo:\n{listed}"
                 )
-        storage.make_dirs(self.path)
-        storage.write_text(file, to_yaml(config))
+
+    def forget_ray(self) -> None:
+        """Delete Ray Train's list of checkpoints; the manifests are the truth.
+
+        Ray refuses to begin when a kill cut its file short, or when another version of Ray wrote it.
+        """
+        storage.remove_tree(storage.join(self.path, "checkpoint_manager_snapshot.json"))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""

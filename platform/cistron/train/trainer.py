@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,9 +18,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cistron.config import resolve
 from cistron.data.config import build_plan
+from cistron.data.index import read_manifest
 from cistron.data.plan import SamplePlan
 from cistron.data.source import ordered_ingest, training_dataset
-from cistron.errors import CistronError, ConfigError
+from cistron.errors import CheckpointError, CistronError, ConfigError, own_error
 from cistron.io import storage
 from cistron.models.families import ModelConfig
 from cistron.train.callbacks.progress import terminal_progress
@@ -37,21 +41,17 @@ def pretrain(config: PretrainConfig) -> str:
     has already ended is left as it is.
 
     Raises:
-        ConfigError: the settings contradict each other, the data, the cluster or the run that is in `run_dir`.
-        InputError: the corpus cannot be read.
+        ConfigError: too few CPUs or GPUs are free, or as :func:`check`, whose other errors it raises, too.
         CistronError: training failed on a worker.
     """
     config = locate(config)
-    assert config.run_dir is not None, "located"
-    folder, shape = RunFolder(config.run_dir), training_form(config.model)
-    check_data(config, shape)
-    folder.claim(config)
-    check_checkpoint(config, folder)
+    folder = check(config)
     done = folder.read_summary()
     if done is not None and done["step"] >= config.train.steps:
         logger.info("%s has already ended at step %d", folder.path, done["step"])
         return folder.path
     check_cluster(config.train)
+    folder.claim(config)
     logger.info("%s; %s", folder.path, MFU_FORMULA)
     record = _fit(config, folder)
     folder.write_summary({"model": config.model, "run_dir": folder.path, "export": folder.export, **record})
@@ -63,6 +63,23 @@ def locate(config: PretrainConfig) -> PretrainConfig:
     run_dir = config.run_dir or f"runs/{_run_id(config)}"
     data = config.data.model_copy(update={"path": _absolute(config.data.path)})
     return config.model_copy(update={"run_dir": _absolute(run_dir), "data": data})
+
+
+def check(config: PretrainConfig) -> RunFolder:
+    """Check everything that can be checked without a cluster, writing nothing; return the folder of the located run.
+
+    Raises:
+        ConfigError: the settings contradict each other, the data or the run that is in `run_dir`.
+        UnknownNameError: no such model.
+        InputError: the corpus cannot be read.
+        CheckpointError: the newest checkpoint of the run cannot be resumed from.
+    """
+    assert config.run_dir is not None, "located"
+    folder = RunFolder(config.run_dir)
+    check_data(config, _shape(config))
+    folder.check(config)
+    check_checkpoint(config, folder)
+    return folder
 
 
 def check_data(config: PretrainConfig, shape: ModelConfig) -> None:
@@ -86,13 +103,22 @@ def check_data(config: PretrainConfig, shape: ModelConfig) -> None:
 
 
 def check_checkpoint(config: PretrainConfig, folder: RunFolder) -> None:
-    """Check that the newest checkpoint, if there is one, can be loaded by the workers that are asked for.
+    """Check that the newest checkpoint, if there is one, is whole and fits the corpus and the workers.
 
     Raises:
-        CheckpointError: it cannot.
+        CheckpointError: it does not.
     """
-    if manifest := folder.checkpoints.latest():
-        check_layout(manifest, config.train)
+    manifest = folder.checkpoints.latest()
+    if manifest is None:
+        return
+    check_layout(manifest, config.train)
+    folder.checkpoints.verify(manifest)
+    _, corpus = read_manifest(config.data.path)
+    if corpus != manifest.corpus:
+        raise CheckpointError(
+            f"the checkpoint of step {manifest.step} was trained on another corpus than the one at {config.data.path}: "
+            "data.path may name another place, but what is there must be the same"
+        )
 
 
 def check_cluster(config: TrainConfig) -> None:
@@ -120,7 +146,9 @@ def check_cluster(config: TrainConfig) -> None:
 
 def _fit(config: PretrainConfig, folder: RunFolder) -> dict[str, Any]:
     settings = config.train
+    folder.forget_ray()
     with ExitStack() as stack:
+        stack.enter_context(_interruptible())
         board = stack.enter_context(terminal_progress(folder.name, total=settings.steps))
         trainer = TorchTrainer(
             train_worker,  # type: ignore[arg-type]  # it may return a value: `return_value` of the result
@@ -135,12 +163,24 @@ def _fit(config: PretrainConfig, folder: RunFolder) -> dict[str, Any]:
                 name=folder.name,
                 storage_path=folder.path.removesuffix(folder.name).rstrip("/") or "/",
                 failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             ),
             datasets={"train": partial(dataset, config.model_dump(mode="json"))},
             dataset_config=ordered_ingest(),
         )
         return _result(trainer)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C be a KeyboardInterrupt: Ray Train's own handler ends the process with status 0, and stays for ever."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def _result(trainer: TorchTrainer) -> dict[str, Any]:
@@ -149,7 +189,7 @@ def _result(trainer: TorchTrainer) -> dict[str, Any]:
         return dict(getattr(trainer.fit(), "return_value", None) or {})
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
-        causes = (getattr(failure, "_base_exc", failure) for failure in failures.values())
+        causes = (own_error(getattr(failure, "_base_exc", failure)) for failure in failures.values())
         cause = next((cause for cause in causes if isinstance(cause, CistronError)), None)
         raise (cause or CistronError(f"training failed: {error}")) from error
 
@@ -165,6 +205,15 @@ def dataset(settings: dict[str, Any]) -> ray.data.Dataset:
     start = min(manifest.cursor if manifest else 0, stop - config.train.global_batch_size)
     plan = _plan(config, training_form(config.model), "train")
     return training_dataset(plan, start=start, stop=stop, samples_per_block=config.train.samples_per_block)
+
+
+def _shape(config: PretrainConfig) -> ModelConfig:
+    """Return what is trained; a fault in a `model` mapping is named by its dotted path."""
+    try:
+        return training_form(config.model)
+    except ConfigError as error:
+        faults = [f"model.{fault}".replace("model.configuration: ", "model: ") for fault in str(error).splitlines()]
+        raise ConfigError("\n".join(faults)) from error
 
 
 def _plan(config: PretrainConfig, shape: ModelConfig, split: str) -> SamplePlan:

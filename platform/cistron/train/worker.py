@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,6 +15,7 @@ import torch
 
 from cistron.config import resolve
 from cistron.data.config import build_plan
+from cistron.data.index import read_manifest
 from cistron.errors import CheckpointError
 from cistron.models.base import Objective, SequenceModel
 from cistron.models.families import ModelConfig, build
@@ -37,10 +40,19 @@ from cistron.train.stream import evaluation_blocks, training_steps
 
 
 class Summary(Callback):
-    """Keeps the newest numbers for ``summary.json``."""
+    """Keeps the newest numbers for ``summary.json``, those of earlier attempts included."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Path) -> None:
+        self._metrics = metrics
         self.values: dict[str, float | int | None] = {}
+
+    def on_start(self, run: Run) -> None:
+        """Read what earlier attempts recorded: a run that only lacked its export writes no record any more."""
+        if run.world.is_main and self._metrics.exists():
+            for line in self._metrics.read_text().splitlines():
+                self.values |= json.loads(line)
+            self.values.pop("time", None)
+        self.values["step"] = run.step
 
     def on_metrics(self, run: Run, metrics: Metrics) -> None:
         """Keep the record."""
@@ -62,7 +74,9 @@ def train_worker(settings: dict[Any, Any]) -> dict[str, float | int | None]:
     folder, world = RunFolder(config.run_dir), World.current()
     shape = training_form(config.model)
     run = begin(config, folder.checkpoints, world, partial(initial_model, shape, config))
-    summary, mirror = Summary(), Mirror(folder.path)
+    mirror = Mirror(folder.path)
+    summary = Summary(mirror.path / METRICS)
+    _, corpus = read_manifest(config.data.path)
     train(
         run,
         training_steps(_blocks(run), config.train, world=world, cursor=run.cursor),
@@ -71,8 +85,8 @@ def train_worker(settings: dict[Any, Any]) -> dict[str, float | int | None]:
         callbacks=[
             *_writers(folder, mirror, settings["board"]),
             summary,
-            Checkpointer(folder.checkpoints, publish),
-            mirror,
+            mirror,  # Before the checkpoint: metrics must never be behind what a restart begins with.
+            Checkpointer(folder.checkpoints, publish, corpus=corpus),
         ],
         evaluate=_evaluation(run, shape),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -17,7 +18,7 @@ from cistron.config import merge, resolve
 from cistron.data.pack import PackedBatch
 from cistron.data.plan import SamplePlan, worker_block
 from cistron.data.samples import iterate_samples, to_table
-from cistron.errors import CheckpointError, CistronError
+from cistron.errors import CheckpointError, CistronError, InputError
 from cistron.models.families import build
 from cistron.parallel.mesh import World
 from cistron.testing import run_distributed
@@ -88,7 +89,7 @@ def go(config: PretrainConfig, *, crash_at: int | None = None) -> Recorder:
             meter=Meter(world, peak_flops=None),
             callbacks=[
                 recorder,
-                Checkpointer(store, lambda _, complete: complete()),
+                Checkpointer(store, lambda _, complete: complete(), corpus="f00d"),
                 *([Crash(crash_at)] if crash_at else []),
             ],
             evaluate=lambda: {"valid_loss": evaluate_blocks(run.strategy, held_out)},
@@ -148,6 +149,26 @@ def test_ranks_and_restarts_do_not_matter(corpus: Path, tmp_path: Path, strategy
     assert one["tokens"] == two[0]["tokens"]
 
 
+def test_a_record_ends_at_each_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    config = tiny_run(corpus, tmp_path, log_every=2)
+    (whole,) = run_distributed(whole_and_resumed, config, world_size=1)
+    assert len(whole["losses"]) == 4, "steps 2, 3, 4 and 6: checkpoints are at 3 and 6"
+    assert whole["resumed"] == whole["losses"][2:]
+
+
+def test_held_out_samples_without_a_target_are_refused() -> None:
+    class Blank:
+        world = World(rank=0, size=1, device=torch.device("cpu"))
+
+        def evaluate(self, batch: PackedBatch) -> torch.Tensor:
+            return torch.zeros(())
+
+    zeros = torch.zeros(9)
+    batch = PackedBatch(zeros.long(), zeros.long(), zeros, torch.tensor([0, 9]).int(), torch.arange(1))
+    with pytest.raises(InputError, match="no target"):
+        evaluate_blocks(Blank(), {0: [batch]})
+
+
 def test_blocks_out_of_order_are_refused(corpus: Path, tmp_path: Path) -> None:
     config = tiny_run(corpus, tmp_path)
     plan = open_plan(config)
@@ -171,9 +192,9 @@ def test_flops_count_every_document_at_its_length() -> None:
 def test_a_checkpoint_is_refused_where_it_cannot_be_read(corpus: Path, tmp_path: Path) -> None:
     zero = tiny_run(corpus, tmp_path, num_workers=4, strategy={"kind": "deepspeed", "zero_stage": 1}).train
     fsdp2 = tiny_run(corpus, tmp_path, num_workers=4).train
-    written = Manifest(step=3, cursor=24, tokens=9, world_size=2, folder="deepspeed", rng=(), config={})
+    written = Manifest(step=3, cursor=24, tokens=9, world_size=2, folder="deepspeed", rng=(), config={}, corpus="")
     with pytest.raises(CheckpointError, match=r"written by 2 workers.*num_workers=2"):
         check_layout(written, zero)
     with pytest.raises(CheckpointError, match=r"keep train\.strategy"):
         check_layout(written, fsdp2)
-    check_layout(Manifest(step=3, cursor=24, tokens=9, world_size=2, folder="dcp", rng=(), config={}), fsdp2)
+    check_layout(replace(written, folder="dcp"), fsdp2)

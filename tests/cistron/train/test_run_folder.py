@@ -42,8 +42,23 @@ def test_another_strategy_is_named():
 
 def manifest(step):
     return Manifest(
-        step=step, cursor=8 * step, tokens=5, world_size=1, folder="dcp", rng=({"cpu": "AA=="},), config={"a": 1}
+        step=step,
+        cursor=8 * step,
+        tokens=5,
+        world_size=1,
+        folder="dcp",
+        rng=({"cpu": "AA=="},),
+        config={"a": 1},
+        corpus="f00d",
     )
+
+
+def complete(store, tmp_path, step):
+    shard = tmp_path / f"checkpoints/step={step}/dcp/shard"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(bytes(10))
+    store.write(manifest(step))
+    return shard
 
 
 def test_only_complete_checkpoints_exist(tmp_path):
@@ -67,6 +82,38 @@ def test_a_manifest_of_another_version_is_refused(tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "version": 99}))
     with pytest.raises(CheckpointError, match="version 99"):
         store.latest()
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    store = CheckpointStore(str(tmp_path))
+    complete(store, tmp_path, 1)
+    file = tmp_path / "checkpoints/step=1/manifest.json"
+    for content in (file.read_bytes()[:-20], b"[]", b'{"version": 1}'):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"step=1/manifest\.json: damaged .*remove .*step=1 to resume"):
+            store.latest()
+
+
+def test_a_missing_or_truncated_shard_is_named(tmp_path):
+    store = CheckpointStore(str(tmp_path))
+    shard = complete(store, tmp_path, 1)
+    store.verify(store.latest())
+    shard.write_bytes(bytes(9))
+    with pytest.raises(CheckpointError, match=r"step=1/dcp/shard: 9 bytes instead of 10"):
+        store.verify(store.latest())
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"step=1/dcp/shard: missing"):
+        store.verify(store.latest())
+
+
+def test_old_checkpoints_go_and_unfinished_ones_stay(tmp_path):
+    store = CheckpointStore(str(tmp_path))
+    for step in (2, 10, 7):
+        complete(store, tmp_path, step)
+    (tmp_path / "checkpoints/step=12/dcp").mkdir(parents=True)
+    store.prune(2)
+    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == {"step=7", "step=10", "step=12"}
+    assert store.latest().step == 10
 
 
 def test_random_state_survives_a_round_trip():

@@ -17,9 +17,10 @@ Publish: TypeAlias = Callable[[Manifest, Callable[[], None]], None]
 class Checkpointer(Callback):
     """Saves every ``checkpoint_every`` steps and at the end; the writing goes on beside the next steps."""
 
-    def __init__(self, store: CheckpointStore, publish: Publish | None = None) -> None:
+    def __init__(self, store: CheckpointStore, publish: Publish | None = None, *, corpus: str) -> None:
         self._store = store
         self._publish = publish
+        self._corpus = corpus
         self._commit: _Commit | None = None
         self._saved_step = 0
 
@@ -54,8 +55,10 @@ class Checkpointer(Callback):
             folder=folder,
             rng=tuple(run.world.gather(random_state(run.world.device))),
             config=run.config.model_dump(mode="json"),
+            corpus=self._corpus,
         )
-        self._commit = _Commit(pending, self._store if run.world.is_main else None, manifest)
+        store = self._store if run.world.is_main else None
+        self._commit = _Commit(pending, store, manifest, keep=run.config.train.keep_checkpoints)
         self._saved_step = run.step
         if self._publish is not None:
             self._publish(manifest, self._commit)
@@ -66,12 +69,13 @@ class Checkpointer(Callback):
 
 
 class _Commit:
-    """Waits for the shards, then writes the manifest; whoever calls first does it, on whatever thread."""
+    """Waits for the shards, writes the manifest, deletes old ones; whoever calls first does it, on whatever thread."""
 
-    def __init__(self, pending: PendingSave, store: CheckpointStore | None, manifest: Manifest) -> None:
+    def __init__(self, pending: PendingSave, store: CheckpointStore | None, manifest: Manifest, *, keep: int) -> None:
         self._pending = pending
         self._store = store
         self._manifest = manifest
+        self._keep = keep
         self._lock = threading.Lock()
         self._done = False
 
@@ -82,4 +86,5 @@ class _Commit:
             self._pending.wait()
             if self._store is not None:
                 self._store.write(self._manifest)
+                self._store.prune(self._keep)
             self._done = True

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cistron.io import storage
 from cistron.train.callbacks.callback import Callback, Run
 from cistron.train.metrics import Metrics
 
@@ -24,7 +25,7 @@ class JsonlWriter(Callback):
             return
         lines = self._path.read_text().splitlines()
         kept = [line for line in lines if _step_of(line) <= run.step]
-        self._path.write_text("".join(f"{line}\n" for line in kept))
+        storage.write_text(self._path, "".join(f"{line}\n" for line in kept))
 
     def on_metrics(self, run: Run, metrics: Metrics) -> None:
         """Write one record."""
