@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from cistron_kernels.rope import rope
+from cistron_kernels.rope import rope, rotate, rotation
 
 
 def rotated_pairs(x, position, inv_freq, scaling):
@@ -64,3 +64,12 @@ def test_gradient():
     (grad,) = torch.autograd.grad(out, x, upstream)
     inverse = rope(upstream, -torch.tensor([0, 5, 9]), torch.tensor([1.0, 0.1]))
     torch.testing.assert_close(grad, inverse)
+
+
+def test_shared_rotation_is_that_of_each_layer():
+    generator = torch.Generator().manual_seed(4)
+    inv_freq, positions = torch.tensor([1.0, 0.2, 0.04]), torch.tensor([[0, 1, 2], [5, 6, 0]])
+    shared = rotation(positions, inv_freq, scaling=2.0)
+    for _ in range(2):
+        x = torch.randn(2, 3, 4, 6, generator=generator)
+        assert torch.equal(rotate(x, *shared), rope(x, positions, inv_freq, scaling=2.0))

@@ -1,5 +1,5 @@
 """Rotary position embedding."""
 
-from cistron_kernels.rope.reference import rope
+from cistron_kernels.rope.reference import rope, rotate, rotation
 
-__all__ = ["rope"]
+__all__ = ["rope", "rotate", "rotation"]

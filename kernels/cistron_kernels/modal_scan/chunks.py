@@ -1,0 +1,187 @@
+"""The part of the scan whose cost grows with length: chunk products and the recurrence between chunks, with gradients.
+
+Shape legend: B batch, H channels, h channels of one block, L length, S poles of a channel, C tokens of a chunk,
+n chunks of a row, R = B * n rows of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+# Elements of `x` that one block of channels holds on CPU: with its states and outputs they fit a last-level cache.
+_BLOCK_ELEMENTS = 2**21
+_CACHE_LINE = 64
+
+
+class ChunkedScan(torch.autograd.Function):
+    """Outputs and states of all chunks, block of channels by block; nothing but the inputs is kept for the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        toeplitz: torch.Tensor,
+        to_state: torch.Tensor,
+        from_state: torch.Tensor,
+        log_decay: torch.Tensor,
+        initial: torch.Tensor,
+        whole: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the scan.
+
+        Args:
+            ctx: autograd's.
+            x: [B, H, L].
+            toeplitz: [H, C, C], from a chunk's tokens (rows) to its outputs.
+            to_state: [H, C, S], from a chunk's tokens to the state after it.
+            from_state: [H, S, C], from the state before a chunk to its outputs.
+            log_decay: [H, S], the logarithm of what a chunk leaves of the state before it.
+            initial: [H, B, S], the state before the first chunk.
+            whole: [B], chunks after which each row's state is wanted.
+
+        Returns:
+            y [H, B, n, C] and the wanted states [H, B, S].
+        """
+        ctx.save_for_backward(x, toeplitz, to_state, from_state, log_decay, initial, whole)
+        (batch, channels, length), size = x.shape, toeplitz.shape[-1]
+        y = _new((channels, batch, -(-length // size), size), toeplitz)
+        reached = torch.empty_like(initial)
+        states_of = _BlockStates(x, toeplitz, initial)
+        for block in _channel_blocks(x):
+            rows = _rows(x[:, block], toeplitz)
+            states = states_of(rows, to_state[block], log_decay[block], initial[block])
+            out = y[block].flatten(1, 2)
+            torch.bmm(rows, toeplitz[block], out=out)
+            out.baddbmm_(states[:, :, :-1].flatten(1, 2), from_state[block])
+            reached[block] = states[:, torch.arange(batch, device=x.device), whole]
+        return y, reached
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor, grad_reached: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Transpose every product of `forward` and run the recurrence from the last chunk to the first."""
+        x, toeplitz, to_state, from_state, log_decay, initial, whole = ctx.saved_tensors
+        grad_x = _new(grad_y.shape, toeplitz)
+        others = (toeplitz, to_state, from_state, log_decay, initial)
+        grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in others]
+        states_of = _BlockStates(x, toeplitz, initial)
+        for block in _channel_blocks(x):
+            rows, grad_rows = _rows(x[:, block], toeplitz), grad_y[block].flatten(1, 2)
+            states = states_of(rows, to_state[block], log_decay[block], initial[block])
+            direct = torch.bmm(grad_rows, from_state[block].mT).view_as(states[:, :, 1:])
+            adjoint = _adjoint(direct, grad_reached[block], whole, log_decay[block])
+            before, after = states[:, :, :-1].flatten(1, 2), adjoint[:, :, 1:].flatten(1, 2)
+            out = grad_x[block].flatten(1, 2)
+            torch.bmm(grad_rows, toeplitz[block].mT, out=out)
+            out.baddbmm_(after, to_state[block].mT)
+            grad_toeplitz, grad_to_state, grad_from_state, grad_log_decay, grad_initial = (g[block] for g in grads)
+            grad_toeplitz.copy_(torch.bmm(rows.mT, grad_rows))
+            grad_to_state.copy_(torch.bmm(rows.mT, after))
+            grad_from_state.copy_(torch.bmm(before.mT, grad_rows))
+            grad_log_decay.copy_((before * after).sum(1) * log_decay[block].exp())
+            grad_initial.copy_(adjoint[:, :, 0])
+        return grad_x.flatten(2).transpose(0, 1)[..., : x.shape[-1]].to(x.dtype), *grads, None
+
+
+class _BlockStates:
+    """The states of one block of channels after another, in the same memory: new memory would be zeroed anew."""
+
+    def __init__(self, x: torch.Tensor, toeplitz: torch.Tensor, initial: torch.Tensor) -> None:
+        _, batch, poles = initial.shape
+        num_chunks = -(-x.shape[-1] // toeplitz.shape[-1])
+        self._updates = _new((_block_size(x), batch, num_chunks, poles), toeplitz)
+        self._states = _new((_block_size(x), batch, num_chunks + 1, poles), toeplitz)
+
+    def __call__(
+        self, rows: torch.Tensor, to_state: torch.Tensor, log_decay: torch.Tensor, initial: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the states [h, B, n+1, S] around the chunks in rows [h, R, C]; the next call overwrites them."""
+        updates, states = self._updates[: len(rows)], self._states[: len(rows)]
+        torch.bmm(rows, to_state, out=updates.flatten(1, 2))
+        return solve_recurrence(updates, log_decay, initial, out=states)
+
+
+def _channel_blocks(x: torch.Tensor) -> Iterator[slice]:
+    """Yield the channels of x [B, H, L] in blocks; all at once where kernel launches cost more than cache misses."""
+    channels, step = x.shape[1], _block_size(x)
+    for start in range(0, channels, step):
+        yield slice(start, min(start + step, channels))
+
+
+def _block_size(x: torch.Tensor) -> int:
+    batch, channels, length = x.shape
+    return min(channels, max(1, _BLOCK_ELEMENTS // (batch * length))) if x.device.type == "cpu" else channels
+
+
+def _new(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Return an uninitialised tensor of the dtype and device of `like`.
+
+    On CPU its memory comes from NumPy, which asks the system for huge pages. In torch's, the system zeroes small page
+    after small page as the products first touch them: half as long again as the products themselves at 64k tokens.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    size = math.prod(shape) * like.element_size()
+    memory = np.empty(size + _CACHE_LINE, dtype=np.uint8)
+    start = -memory.ctypes.data % _CACHE_LINE  # The 16 states of a chunk in fp32 are one cache line, not parts of two.
+    return torch.from_numpy(memory[start : start + size]).view(like.dtype).view(shape)
+
+
+def _rows(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Cut x [B, h, L] into zero-padded rows [h, R, C] of the size and dtype of `like`; a view where nothing changes."""
+    size = like.shape[-1]
+    x = x.transpose(0, 1).to(like.dtype)
+    if missing := -x.shape[-1] % size:
+        x = functional.pad(x, (0, missing))
+    return x.reshape(len(x), -1, size)
+
+
+def _adjoint(
+    direct: torch.Tensor, grad_reached: torch.Tensor, whole: torch.Tensor, log_decay: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradients [h, B, n+1, S] of all states from those through the outputs [h, B, n, S] and `reached`."""
+    direct = functional.pad(direct, (0, 0, 0, 1))
+    direct[:, torch.arange(len(whole), device=whole.device), whole] += grad_reached
+    backwards = direct.flip(2)
+    adjoint = solve_recurrence(backwards[:, :, 1:], log_decay, backwards[:, :, 0], out=torch.empty_like(backwards))
+    return adjoint.flip(2)
+
+
+def solve_recurrence(
+    updates: torch.Tensor, log_decay: torch.Tensor, initial: torch.Tensor, *, out: torch.Tensor
+) -> torch.Tensor:
+    """Solve ``out[i + 1] = exp(log_decay) * out[i] + updates[i]`` from ``out[0] = initial``.
+
+    Args:
+        updates: [h, B, n, S]; overwritten.
+        log_decay: [h, S].
+        initial: [h, B, S].
+        out: [h, B, n+1, S].
+
+    Returns:
+        `out`.
+    """
+    out[:, :, 0] = initial
+    doublings = 2 ** torch.arange(updates.shape[2].bit_length(), device=updates.device)
+    _advance_by_pairs(out, updates, (doublings[:, None, None] * log_decay).exp()[..., None, None, :])
+    return out
+
+
+def _advance_by_pairs(states: torch.Tensor, updates: torch.Tensor, decays: torch.Tensor) -> None:
+    """Fill ``states[1:]``: every other one by the recurrence over pairs of steps, the rest by one step from those.
+
+    Each update meets log2(n) powers, rounded once each; n steps in turn would repeat the rounding of one power n times,
+    which a pole that survives thousands of chunks shows in fp32. `decays` are those of 1, 2, 4, ... steps.
+    """
+    steps = updates.shape[2]
+    if steps > 1:
+        pairs = updates[:, :, 1::2].addcmul_(decays[0], updates[:, :, : steps - 1 : 2])
+        _advance_by_pairs(states[:, :, ::2], pairs, decays[1:])
+    torch.addcmul(updates[:, :, ::2], decays[0], states[:, :, :steps:2], out=states[:, :, 1::2])
