@@ -1,9 +1,9 @@
 """The native checkpoint: a folder of ``config.json``, safetensors and ``manifest.json``.
 
-Both directions are strict and stream. Writing holds one shard at a time and checks every tensor against the
-configuration; nothing appears under the destination's name before all of it is right. Reading checks the manifest, then
-the list of names and shapes in the files' headers, and only then moves tensors, one by one, into a model that was built
-on the meta device: the weights are never in memory twice, and a model with a missing tensor is never returned.
+Both directions are strict and stream. Writing holds one tensor at a time and checks each against the configuration;
+nothing appears under the destination's name before all of it is right. Reading checks the manifest, then the list of
+names and shapes in the files' headers, and only then moves tensors, one by one, into a model that was built on the meta
+device: the weights are never in memory twice, and a model with a missing tensor is never returned.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def write_checkpoint(
     destination = Path(destination)
     with new_directory(destination) as staging:
         checked = check_tensors(tensors, config, source=str(destination))
-        write_shards(staging, checked, max_shard_bytes=max_shard_bytes)
+        write_shards(staging, checked, names=_expected_shapes(config), max_shard_bytes=max_shard_bytes)
         (staging / CONFIG).write_text(json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n")
         write_manifest(staging, provenance or {})
     return destination

@@ -124,10 +124,24 @@ _NVIDIA_SHAPES: Final[Mapping[str, dict[str, Any]]] = {
         "hidden_size": 2048,
         "num_attention_heads": 16,
         "tie_embeddings": False,
+        "embedding_init_std": 1.0,
     },
     "striped_hyena_test": _TEST,
     "striped_hyena_test_nv": {**_TEST, **_NV},
 }
+
+_SMALL: Final = {"layer_pattern": _PATTERN_7B[:11], "num_filter_groups": 64, "max_length": _CONTEXT_8K}
+_UNRELEASED_SHAPES: Final[Mapping[str, dict[str, Any]]] = {
+    "shc-evo2-50m": {**_SMALL, "hidden_size": 640, "num_attention_heads": 10, "mlp_size": 1792},
+    "shc-evo2-100m": {
+        **_SMALL,
+        "layer_pattern": f"{_PATTERN_7B[:14]}*",
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "mlp_size": 2048,
+    },
+}
+"""Small shapes that Arc Institute published settings of, without weights; heads of 64 channels."""
 
 _META: Final = "https://huggingface.co/facebook/"
 _ESM2_SHAPES: Final[Mapping[str, tuple[int, int, int, int]]] = {
@@ -145,7 +159,7 @@ def all_specs() -> Iterator[ModelSpec]:
     """Yield every named model."""
     for name, (parameters, shape, source) in _ARC_SHAPES.items():
         yield ModelSpec(name, "evo2", Evo2Config(**shape), parameters, (source,))
-    for name, shape in _NVIDIA_SHAPES.items():
+    for name, shape in {**_NVIDIA_SHAPES, **_UNRELEASED_SHAPES}.items():
         yield ModelSpec(name, "evo2", Evo2Config(**shape), None)
     for name, (layers, heads, width, parameters) in _ESM2_SHAPES.items():
         config = Esm2Config(

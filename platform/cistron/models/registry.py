@@ -1,8 +1,8 @@
 """Every model that has a name, and how to get one ready to run.
 
 Shapes come from the published configurations; parameter counts are checked against them by a test. ``load_model`` also
-decides the precision path, because some published Evo 2 sizes lose their quality without FP8 projections and must not
-run that way unnoticed.
+takes the precision path that ``precision`` plans, because some published Evo 2 sizes lose their quality without FP8
+projections and must not run that way unnoticed.
 """
 
 from __future__ import annotations
@@ -10,36 +10,31 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, get_args
 
 import torch
 
-from cistron.errors import (
-    CapabilityError,
-    CheckpointNotFoundError,
-    ConfigError,
-    UnknownNameError,
-    nearest,
-)
+from cistron.errors import CheckpointNotFoundError, ConfigError, UnknownNameError, nearest
 from cistron.io import storage
 from cistron.models import published
 from cistron.models.base import SequenceModel
-from cistron.models.checkpoint import load_checkpoint, read_config
-from cistron.models.evo2.config import Evo2Config
+from cistron.models.checkpoint import CONFIG, load_checkpoint, read_config
 from cistron.models.families import ModelConfig, build, parse_config
+from cistron.models.layers.fp8 import set_fp8_path
+from cistron.models.manifest import MANIFEST, read_manifest
+from cistron.models.precision import DTYPES, Plan, plan_precision
+from cistron.models.precision import Precision as Precision
 from cistron.models.published import ALIASES, ModelSpec
 
 logger = logging.getLogger(__name__)
 
-Precision: TypeAlias = Literal["auto", "bf16", "fp32"]
-
 MODELS_VARIABLE: Final = "CISTRON_MODELS"
 """Environment variable: the folder that holds native checkpoints by registry name."""
 
-_DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_SHORT: Final = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 _SPECS: Final = {spec.name: spec for spec in published.all_specs()}
 
 
@@ -98,46 +93,68 @@ def load_model(
         device: where the weights go; torch's default device if not given.
         dtype: of the weights; as stored if not given.
         trust_pickle: has no effect on native checkpoints, which hold no pickles; see :func:`convert_checkpoint`.
-        precision: ``auto`` runs in the dtype of the weights and refuses a model that is known to degrade there;
-            ``bf16`` and ``fp32`` run so whatever the model.
+        precision: ``auto`` takes the best path that is known to be good for the model on `device`: the dtype of the
+            weights, or FP8 input projections on hardware that has them. ``bf16``, ``fp32``, ``fp8``, ``fp8_emulated``
+            and ``fp8_hopper_emulated`` run so whatever the model. The FP8 paths are for inference only.
+
+    Returns:
+        The model; ``precision_path`` and ``precision_reason`` say which path it took, and so does the log.
 
     Raises:
         CheckpointNotFoundError: nothing is there.
         CheckpointError: what is there is not a complete native checkpoint.
         UnknownNameError: `source` is neither a path nor a registry name.
-        CapabilityError: ``auto``, and the model needs FP8 projections.
-        ConfigError: `dtype` and `precision` contradict each other.
+        CapabilityError: ``auto``, and every path that is possible here is known to degrade the model or untested;
+            or ``fp8`` without such hardware.
+        ConfigError: `dtype` and `precision` contradict each other, or the model has nothing that FP8 applies to.
     """
     del trust_pickle
     if precision not in get_args(Precision):
         raise ConfigError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
-    chosen = _DTYPES.get(precision, dtype)
-    if dtype not in (None, chosen):
+    if dtype not in (None, DTYPES.get(precision, dtype)):
         raise ConfigError(f"precision={precision} and dtype={dtype} contradict each other; give one of them")
+    target = torch.device(device) if device is not None else torch.get_default_device()
     with _local_checkpoint(source) as directory:
-        _check_precision(read_config(directory), precision, source)
-        model = load_checkpoint(directory, device=device, dtype=chosen)
+        config = read_config(directory)
+        plan = plan_precision(config, precision, dtype=dtype, device=target, source=str(source))
+        model = load_checkpoint(directory, device=target, dtype=plan.dtype)
+    return _on_path(model, plan, source)
+
+
+def describe_checkpoint(source: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Return the configuration and the manifest of the checkpoint that `source` means, without reading its weights.
+
+    Raises:
+        CheckpointNotFoundError: nothing is there.
+        CheckpointError: what is there is not a native checkpoint.
+        UnknownNameError: `source` is neither a path nor a registry name.
+    """
+    with _local_checkpoint(source, only=(CONFIG, MANIFEST)) as directory:
+        return read_config(directory), read_manifest(directory)
+
+
+def _on_path(model: SequenceModel, plan: Plan, source: str | Path) -> SequenceModel:
+    """Let `model` run as planned, and say so."""
     weights = str(next(model.parameters()).dtype).removeprefix("torch.")
-    reason = "as asked" if chosen else "as stored"
-    logger.info("%s: %s on %s, weights in %s (%s)", source, model.family, model.device, weights, reason)
+    set_fp8_path(model, plan.fp8)
+    model.precision_path = plan.path or _SHORT.get(weights, weights)
+    model.precision_reason = plan.reason
+    path = f"precision path {model.precision_path}, weights in {weights}"
+    logger.info("%s: %s on %s, %s (%s)", source, model.family, model.device, path, plan.reason)
+    if plan.warning:
+        logger.warning("%s: precision path %s: %s", source, model.precision_path, plan.warning)
     return model
 
 
-def _check_precision(config: ModelConfig, precision: Precision, source: str | Path) -> None:
-    """Refuse to run a model without FP8 unnoticed when it is known to need it."""
-    if precision == "auto" and isinstance(config, Evo2Config) and config.requires_fp8:
-        raise CapabilityError(
-            f"{source} was trained with FP8 input projections and is known to degrade without them, and this version "
-            "of Cistron has no FP8 path; say precision='bf16' or precision='fp32' to run it anyway"
-        )
-
-
 @contextmanager
-def _local_checkpoint(source: str | Path) -> Iterator[Path]:
-    """Find the checkpoint that `source` means; one behind a URL is copied here for as long as it is read."""
+def _local_checkpoint(source: str | Path, *, only: Sequence[str] | None = None) -> Iterator[Path]:
+    """Find the checkpoint that `source` means; one behind a URL is copied here for as long as it is read.
+
+    Of a checkpoint behind a URL, the files named in `only` are copied, or all.
+    """
     if "://" in str(source):
         with tempfile.TemporaryDirectory(prefix="cistron-") as folder:
-            yield _downloaded(str(source), Path(folder))
+            yield _downloaded(str(source), Path(folder), only)
         return
     path = Path(source).expanduser()
     if path.exists():
@@ -168,11 +185,13 @@ def _registered(name: str) -> Path:
     )
 
 
-def _downloaded(url: str, folder: Path) -> Path:
-    """Copy the files of a checkpoint at `url` into `folder`."""
+def _downloaded(url: str, folder: Path, only: Sequence[str] | None) -> Path:
+    """Copy the files of a checkpoint at `url` into `folder`, or those of them named in `only`."""
     if not storage.is_directory(url):
         raise CheckpointNotFoundError(f"no checkpoint at {url}")
     for file in storage.list_files(url):
+        if only is not None and storage.name_of(file) not in only:
+            continue
         with storage.open_input(file) as source:
             source.download(str(folder / storage.name_of(file)))
     return folder

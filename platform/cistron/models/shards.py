@@ -1,12 +1,12 @@
 """Safetensors files of a checkpoint: one file, or numbered shards with a Hugging Face style index.
 
-Tensors pass through as a stream of (name, tensor): writing holds one shard, reading holds one tensor.
+Tensors pass through as a stream of (name, tensor), one of which is in memory at a time.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from cistron.errors import CheckpointError, CheckpointNotFoundError
 from cistron.models.manifest import is_plain_name, read_json
+from cistron.models.streaming import SafetensorsWriter
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -28,23 +29,35 @@ _MAX_HEADER_BYTES: Final = 1 << 32
 NamedTensors: TypeAlias = Iterable[tuple[str, torch.Tensor]]
 
 
-def write_shards(directory: Path, tensors: NamedTensors, *, max_shard_bytes: int) -> None:
-    """Write ``model.safetensors``, or shards of at most `max_shard_bytes` and their index, into `directory`."""
+def write_shards(directory: Path, tensors: NamedTensors, *, names: Collection[str], max_shard_bytes: int) -> None:
+    """Write ``model.safetensors``, or shards of at most `max_shard_bytes` and their index, into `directory`.
+
+    Args:
+        directory: an existing folder.
+        tensors: name and tensor; one of them is in memory at a time.
+        names: the names that will come.
+        max_shard_bytes: size of a shard; a larger tensor is a shard of its own.
+    """
     shards: list[list[str]] = []
     total = 0
-    for shard in _grouped(tensors, max_shard_bytes):
-        save_safetensors(shard, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
-        del shard  # Else it would stay in memory while the next one is gathered.
+    pending = iter(tensors)
+    held = next(pending, None)
+    while held is not None or not shards:
+        path = directory / f"shard-{len(shards)}"
+        with SafetensorsWriter(path, names=names, metadata={"format": "pt"}) as writer:
+            while held is not None and (not writer.written or writer.num_bytes + held[1].nbytes <= max_shard_bytes):
+                writer.add(*held)
+                held = next(pending, None)
+        shards.append(writer.written)
+        total += writer.num_bytes
     if len(shards) == 1:
         (directory / "shard-0").rename(directory / WEIGHTS)
         return
     weight_map = {}
-    for number, names in enumerate(shards):
+    for number, written in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (directory / f"shard-{number}").rename(directory / file)
-        weight_map.update(dict.fromkeys(names, file))
+        weight_map.update(dict.fromkeys(written, file))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -126,16 +139,3 @@ def open_safetensors(path: Path) -> Iterator[Any]:
             yield stream
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
-
-
-def _grouped(tensors: NamedTensors, max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield contiguous CPU tensors in groups of at most `max_bytes`; a larger tensor is a group of its own."""
-    group: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if group and size + tensor.nbytes > max_bytes:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor.detach().cpu().contiguous()
-        size += tensor.nbytes
-    yield group

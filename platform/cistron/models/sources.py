@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -32,11 +32,14 @@ class TensorSource:
         shapes: every tensor's shape.
         load: reads the tensor of that name, in its stored dtype, on the CPU.
         metadata: the file's own notes; empty for formats that have none.
+        streams: reads the bytes of each entry that is no tensor, such as the state of an FP8 layer: one for each shard
+            that has it.
     """
 
     shapes: Mapping[str, torch.Size]
     load: Callable[[str], torch.Tensor]
     metadata: Mapping[str, Any]
+    streams: Mapping[str, Callable[[], Sequence[bytes]]] = field(default_factory=dict)
 
 
 def from_safetensors(paths: Iterable[Path]) -> TensorSource:
@@ -64,13 +67,14 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any
     return TensorSource(shapes=shapes, load=tensors.__getitem__, metadata=metadata or {})
 
 
-def unpickle(path: Path, *, trust_pickle: bool, allowed: Sequence[type] = ()) -> Any:
+def unpickle(path: Path, *, trust_pickle: bool, allowed: Sequence[Any] = ()) -> Any:
     """Load a ``torch.save`` file, its tensors mapped from disk where the file allows it.
 
     Args:
         path: the file.
         trust_pickle: run whatever code the file asks for; otherwise tensors, containers and `allowed` only.
-        allowed: harmless classes that the format is known to contain.
+        allowed: harmless classes and functions that the format is known to contain, each as it is or paired with the
+            dotted name that the file has for it.
 
     Raises:
         CheckpointNotFoundError: no such file.

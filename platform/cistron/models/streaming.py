@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
 import torch
 
@@ -18,6 +19,7 @@ _DTYPES: Final = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.uint8: "U8",
 }
 _LONGEST_ENTRY: Final = {"dtype": "BF16", "shape": [10**12] * 4, "data_offsets": [10**15, 10**15]}
 _LENGTH_BYTES: Final = 8
@@ -30,7 +32,7 @@ def write_safetensors(
     names: Collection[str],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a stream of floating-point tensors of up to four dimensions.
+    """Write a stream of tensors of up to four dimensions.
 
     Args:
         path: the file, replaced if it exists.
@@ -38,25 +40,58 @@ def write_safetensors(
         names: the names that will come.
         metadata: the file's notes.
     """
-    room = len(_encoded(dict.fromkeys(names, _LONGEST_ENTRY), metadata))
-    room += -room % _LENGTH_BYTES
-    entries: dict[str, Any] = {}
-    offset = 0
-    with path.open("wb") as stream:
-        stream.seek(_LENGTH_BYTES + room)
+    with SafetensorsWriter(path, names=names, metadata=metadata) as writer:
         for name, tensor in tensors:
-            flat = tensor.detach().cpu().contiguous().flatten()
-            stream.write(flat.view(torch.uint8).numpy().data)
-            end = offset + flat.nbytes
-            entries[name] = {
-                "dtype": _DTYPES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, end],
-            }
-            offset = end
-        stream.seek(0)
-        stream.write(room.to_bytes(_LENGTH_BYTES, "little"))
-        stream.write(_encoded(entries, metadata).ljust(room))
+            writer.add(name, tensor)
+
+
+class SafetensorsWriter:
+    """A safetensors file that grows tensor by tensor; it is valid once the ``with`` block has ended.
+
+    Args:
+        path: the file, replaced if it exists.
+        names: the names that may come.
+        metadata: the file's notes.
+    """
+
+    def __init__(self, path: Path, *, names: Collection[str], metadata: Mapping[str, str]) -> None:
+        self._metadata = metadata
+        self._room = len(_encoded(dict.fromkeys(names, _LONGEST_ENTRY), metadata))
+        self._room += -self._room % _LENGTH_BYTES
+        self._entries: dict[str, Any] = {}
+        self._stream = path.open("wb")
+        self._stream.seek(_LENGTH_BYTES + self._room)
+        self.num_bytes = 0
+
+    @property
+    def written(self) -> list[str]:
+        """Names of the tensors so far."""
+        return list(self._entries)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a tensor."""
+        flat = tensor.detach().cpu().contiguous().flatten()
+        self._stream.write(flat.view(torch.uint8).numpy().data)
+        end = self.num_bytes + flat.nbytes
+        self._entries[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self.num_bytes, end],
+        }
+        self.num_bytes = end
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Write the header, unless something failed, and close the file."""
+        with self._stream:
+            if kind is None:
+                self._stream.seek(0)
+                self._stream.write(self._room.to_bytes(_LENGTH_BYTES, "little"))
+                self._stream.write(_encoded(self._entries, self._metadata).ljust(self._room))
 
 
 def _encoded(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:

@@ -110,7 +110,7 @@ def test_a_bare_file_without_configuration_is_refused(tmp_path: Path):
         (
             {"source_format": "vortex", "target_format": "fairesm"},
             UnknownNameError,
-            r"target_format: .*did you mean 'fair-esm'\? \(known: vortex, hf, fair-esm, cistron\)",
+            r"target_format: .*did you mean 'fair-esm'\? \(known: vortex, savanna, mbridge, hf, fair-esm, cistron\)",
         ),
         ({"source_format": "vortex", "target_format": "hf"}, InputError, "hf holds esm models, and .* is evo2"),
         ({"source_format": "vortex", "config": "nowhere.yaml"}, InputError, "config: no such file: nowhere.yaml"),

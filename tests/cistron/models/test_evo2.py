@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from cistron.errors import ConfigError, InputError, UnknownNameError
 from cistron.models.evo2.config import Evo2Config
-from cistron.models.evo2.convert import read_vortex, to_inference_form
+from cistron.models.evo2.convert import read_vortex
+from cistron.models.evo2.forms import to_inference_form
 from cistron.models.evo2.initial import rotary_frequencies
 from cistron.models.evo2.model import Evo2
 

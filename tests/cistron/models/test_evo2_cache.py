@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from cistron.errors import InputError
-from cistron.models.evo2.cache import AttentionState
+from cistron.models.evo2.cache import AttentionState, Cache, FirState
 from cistron.models.evo2.config import Evo2Config
 from cistron.models.evo2.convert import read_vortex
 from cistron.models.evo2.model import Evo2
@@ -36,6 +36,11 @@ def tokens(*shape, seed=0):
     return torch.tensor(list(b"ACGTN"))[torch.randint(0, 5, shape, generator=torch.Generator().manual_seed(seed))]
 
 
+def remembered(state):
+    """Of the operator: its last inputs, or its modal state."""
+    return state.operator.last() if isinstance(state.operator, FirState) else state.operator
+
+
 def relative_state_difference(first, second):
     """Of everything that a later token can see, in units of each state's largest entry."""
     assert torch.equal(first.lengths, second.lengths)
@@ -43,12 +48,12 @@ def relative_state_difference(first, second):
     for one, two in zip(first.layers, second.layers, strict=True):
         if isinstance(one, AttentionState):
             visible = [
-                (a[row, :n], b[row, :n])
+                (a[row, :, :n], b[row, :, :n])
                 for a, b in ((one.keys, two.keys), (one.values, two.values))
                 for row, n in enumerate(first.lengths.tolist())
             ]
         else:
-            visible = [(one.projection, two.projection), (one.operator, two.operator)]
+            visible = [(one.projection.last(), two.projection.last()), (remembered(one), remembered(two))]
         differences += [(a - b).abs().max() / b.abs().max() for a, b in visible]
     return max(differences).item()
 
@@ -140,6 +145,34 @@ def test_selected_rows_fork_and_do_not_share(model):
     assert (again[0] - logits[1]).abs().max() < 1e-5
 
 
+@torch.inference_mode()
+def test_joined_caches_continue_each_row_as_if_alone(model):
+    prompts = [tokens(1, length, seed=length) for length in (3, 150, 40)]
+    caches = []
+    for prompt in prompts:
+        caches.append(model.new_cache(1))
+        model(prompt, cache=caches[-1])
+    joined = Cache.concat(caches)
+    assert joined.lengths.tolist() == [3, 150, 40]
+    continuation = tokens(3, 20, seed=8)
+    for t in range(20):
+        logits = model(continuation[:, t : t + 1], cache=joined).logits
+        for row, cache in enumerate(caches):
+            alone = model(continuation[row : row + 1, t : t + 1], cache=cache).logits
+            assert (logits[row] - alone[0]).abs().max() < 2e-5
+    assert relative_state_difference(joined.select([1]), caches[1]) < 1e-5
+
+
+def test_steps_reuse_the_buffer_of_the_last_inputs():
+    state, seen = FirState.of(torch.zeros(1, 1, 2)), [0.0, 0.0]
+    buffer = state.inputs.data_ptr()
+    for step in range(1, 40):
+        state.inputs[:, state.next_slot()] = step
+        seen.append(float(step))
+        assert state.last().flatten().tolist() == seen[-2:]
+    assert (state.inputs.data_ptr(), state.inputs.shape[1]) == (buffer, 8)
+
+
 def test_the_cache_runs_without_gradients(model):
     logits = model(tokens(1, 4), cache=model.new_cache(1)).logits
     assert not logits.requires_grad
@@ -161,8 +194,8 @@ def test_a_bf16_model_keeps_modal_states_in_fp32():
     model(tokens(2, 5), cache=cache)
     model(tokens(2, 1), cache=cache)
     assert cache.layers[0].operator.dtype == torch.float32
-    assert cache.layers[0].projection.dtype == cache.layers[1].keys.dtype == cache.layers[3].operator.dtype
-    assert cache.layers[3].operator.dtype == torch.bfloat16
+    assert cache.layers[0].projection.inputs.dtype == cache.layers[1].keys.dtype == torch.bfloat16
+    assert cache.layers[3].operator.inputs.dtype == torch.bfloat16
 
 
 def test_contradictions_are_refused(model):

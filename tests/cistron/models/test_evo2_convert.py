@@ -164,7 +164,7 @@ def test_known_extras_are_dropped(tmp_path, caplog):
 
     with caplog.at_level("INFO"):
         same(read(rewritten(tmp_path, add))[1], read(TINY)[1])
-    assert "dropping 2 tensors" in caplog.text
+    assert "dropping 2 entries" in caplog.text
 
 
 def test_an_untied_model_keeps_its_output_layer(tmp_path):
@@ -196,6 +196,12 @@ def test_a_pickle_in_parts_is_joined(tmp_path):
     for source in (tmp_path / "x.pt.part0", tmp_path / "x.pt", tmp_path):
         same(read(source, config=settings())[1], read(TINY)[1])
     assert len(list(tmp_path.iterdir())) == 11
+    (tmp_path / "x.pt.part10").rename(tmp_path / "last")
+    with pytest.raises(
+        CheckpointError, match=r"joined from 10 parts, in bytes: part0 [\d,]+, .*is the last one missing"
+    ):
+        read(tmp_path / "x.pt.part0", config=settings())
+    (tmp_path / "last").rename(tmp_path / "x.pt.part10")
     (tmp_path / "x.pt.part7").unlink()
     with pytest.raises(CheckpointNotFoundError, match=r"part7 does not exist"):
         read(tmp_path / "x.pt.part0", config=settings())

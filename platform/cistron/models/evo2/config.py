@@ -63,8 +63,12 @@ class Evo2Config(Config):
     """Give the attention output projection a bias."""
     tie_embeddings: bool = True
     """Use the embedding as the output layer."""
+    embedding_init_std: PositiveFloat | None = None
+    """Standard deviation of a fresh embedding; that of the other matrices if not given."""
     requires_fp8: bool = False
     """The weights are known to degrade without FP8 input projections."""
+    fp8_scales: bool = False
+    """The checkpoint holds the static FP8 scales of the input projections; without them FP8 uses 1."""
     parametrization: Parametrization = "inference"
     """Learn the filters themselves (inference, what released weights hold), or savanna's factors of them (training)."""
     filter_cache_length: PositiveInt = 8_192

@@ -1,52 +1,57 @@
-"""Evo 2 checkpoints of vortex, read into and written from native tensors; and the training form made inference form.
+"""Evo 2 checkpoints of other software, read into and written from native tensors.
 
 Everything streams: no function here holds more than a few tensors. Names and shapes are checked before the first tensor
-is read, against the configuration, whose source is (in this order) the caller, the file's metadata, or the published
+is read, against the configuration, whose source is (in this order) the caller, the file's own notes, or the published
 model that the file is named after.
+
+========  =====================================================================================  ==============
+format    what it is                                                                             form of filters
+========  =====================================================================================  ==============
+vortex    Arc Institute's inference software: ``.pt`` (whole or in parts) or safetensors          inference
+savanna   the software that trained the models: ``.pt`` (whole, in parts, or one file per rank)   training
+mbridge   Megatron-Bridge and NeMo 2: a folder of ``torch.distributed.checkpoint``                training
+========  =====================================================================================  ==============
 """
 
 from __future__ import annotations
 
-import io
-import json
 import logging
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
-from safetensors.torch import load_file
 
-from cistron.errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from cistron.models.evo2 import vortex
+from cistron.errors import ConfigError
+from cistron.models.dcp import from_dcp, write_dcp
+from cistron.models.evo2 import mbridge, mbridge_settings, savanna, savanna_settings, vortex
 from cistron.models.evo2.config import Evo2Config
-from cistron.models.evo2.hyena import decayed_taps, factored_log_poles
-from cistron.models.evo2.model import Evo2
+from cistron.models.evo2.forms import NamedTensors, TensorStream, to_inference_form, to_training_form
+from cistron.models.evo2.ranks import open_ranks, rank_files
+from cistron.models.evo2.settings import is_native
+from cistron.models.evo2.spelling import Spelling, read_native, stored_scales
+from cistron.models.evo2.weight_files import open_weights
+from cistron.models.evo2.written_files import mapped, write_file
 from cistron.models.published import all_specs
-from cistron.models.shards import is_safetensors
-from cistron.models.sources import TensorSource, from_safetensors, from_tensors, json_metadata, unpickle
-from cistron.models.streaming import write_safetensors
+from cistron.models.sources import TensorSource, json_metadata
 
 logger = logging.getLogger(__name__)
 
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
+Settings: TypeAlias = Mapping[str, Any]
 
-_NAMES_SHOWN: Final = 5
-_PART: Final = re.compile(r"(?P<file>.+\.pt)\.part(?P<number>\d+)")
+_INFERENCE: Final = {"parametrization": "inference"}
+_TRAINING: Final = {"parametrization": "training", "norm_eps_inside": True}
+"""What software that trains has in common: factors of filters, and epsilon under the root of the norm."""
+
+_ITERATION: Final = 1
 
 
-def read_vortex(
-    source: Path, *, config: Mapping[str, Any] | None, trust_pickle: bool
-) -> tuple[Evo2Config, Iterator[tuple[str, torch.Tensor]]]:
+def read_vortex(source: Path, *, config: Settings | None, trust_pickle: bool) -> tuple[Evo2Config, TensorStream]:
     """Read a vortex checkpoint: safetensors with the metadata key ``config``, or a ``.pt``, whole or in parts.
 
     Args:
         source: the file, one of its ``.pt.partN``, or a folder that holds nothing else of these kinds.
-        config: settings in vortex's field names, which take precedence over the file's.
+        config: settings in vortex's field names, which take precedence over the file's; or in ours.
         trust_pickle: allow a ``.pt`` to run code.
 
     Returns:
@@ -57,19 +62,14 @@ def read_vortex(
         CheckpointError: a tensor is missing, unexpected or of another shape than the configuration says.
         ConfigError: the configuration is incomplete or not an Evo 2's.
     """
-    path = _weight_file(source)
-    tensors = _open(path, trust_pickle=trust_pickle)
-    parsed = _config(config, tensors, path)
-    native = Evo2(parsed, device="meta").state_dict()
-    names = {name: vortex.vortex_name(parsed, name) for name in native}
-    _check_names(tensors.shapes.keys(), set(names.values()), path)
-    for name, like in native.items():
-        expected, got = vortex.to_vortex_layout(parsed, name, like).shape, tensors.shapes[names[name]]
-        if got != expected:
-            raise CheckpointError(
-                f"{path}: tensor {names[name]} has shape {list(got)}, the configuration says {list(expected)}"
-            )
-    return parsed, _load(parsed, tensors, names, path)
+    path, tensors = open_weights(source, trust_pickle=trust_pickle)
+    noted = json_metadata(tensors, "config", path=path)
+
+    def parse(settings: Settings) -> Evo2Config:
+        return vortex.config_from_vortex(settings, source=path)
+
+    parsed = _configuration(config, noted, path, parse, _INFERENCE)
+    return _read(parsed, vortex.vortex_spelling, tensors, path)
 
 
 def write_vortex(config: Evo2Config, tensors: NamedTensors, destination: Path) -> None:
@@ -84,141 +84,159 @@ def write_vortex(config: Evo2Config, tensors: NamedTensors, destination: Path) -
         CheckpointError: vortex has no place for a feature of `config`.
     """
     config, tensors = to_inference_form(config, tensors)
-    settings = json.dumps(vortex.config_to_vortex(config))
-    names = {name: vortex.vortex_name(config, name) for name in Evo2(config, device="meta").state_dict()}
-    renamed = ((names[name], vortex.to_vortex_layout(config, name, tensor)) for name, tensor in tensors)
-    if destination.suffix != ".pt":
-        write_safetensors(destination, renamed, names=names.values(), metadata={"config": settings})
-        return
-    with tempfile.NamedTemporaryFile(dir=destination.parent, prefix=".", suffix=".safetensors") as mapped:
-        write_safetensors(Path(mapped.name), renamed, names=names.values(), metadata={})
-        torch.save(load_file(mapped.name), destination)  # The tensors map the file, so memory need not hold them.
+    if config.norm_eps_inside:
+        logger.info("%s: vortex adds norm_eps outside the root, this model under it", destination)
+    settings = vortex.config_to_vortex(config)
+    write_file(config, vortex.vortex_spelling(config), tensors, destination, settings)
 
 
-def to_inference_form(
-    config: Evo2Config, tensors: NamedTensors
-) -> tuple[Evo2Config, Iterator[tuple[str, torch.Tensor]]]:
-    """Turn a stream of training-form tensors into the inference form of the same function, bit for bit.
+def read_savanna(source: Path, *, config: Settings | None, trust_pickle: bool) -> tuple[Evo2Config, TensorStream]:
+    """Read a savanna checkpoint: a ``.pt`` or safetensors, a ``.pt`` in parts, or the files of all parallel ranks.
 
-    HCL's gamma and p become log poles, and HCM's taps absorb their decay; the rest passes through, as everything does
-    when `config` is in inference form already.
+    Args:
+        source: as for :func:`read_vortex`, or a folder of ``mp_rank_XX_model_states.pt``.
+        config: settings in savanna's field names, or in ours.
+        trust_pickle: allow a ``.pt`` to run code.
+
+    Returns:
+        The configuration, and the native tensors in training form.
+
+    Raises:
+        CheckpointNotFoundError: no such file, or a part or a rank is missing.
+        CheckpointError: as :func:`read_vortex`, or ranks that do not fit together.
+        ConfigError: the configuration is incomplete or not an Evo 2's.
     """
+    if rank_files(source):
+        path, unwrap = source, savanna.state_dict_of
+        tensors = open_ranks(source, savanna.cut_axis, trust_pickle=trust_pickle, unwrap=unwrap)
+    else:
+        path, tensors = open_weights(source, trust_pickle=trust_pickle, unwrap=savanna.state_dict_of)
+    noted = json_metadata(tensors, "config", path=path)
+
+    def parse(settings: Settings) -> Evo2Config:
+        return savanna_settings.config_from_savanna(settings, tensors, path=path)
+
+    parsed = _configuration(config, noted, path, parse, _TRAINING)
+    parsed = savanna.with_stored_lengths(parsed, tensors, path)
+    place = savanna.norm_place(parsed, tensors)
+    return _read(parsed, lambda found: savanna.savanna_spelling(found, place), tensors, path)
+
+
+def write_savanna(config: Evo2Config, tensors: NamedTensors, destination: Path) -> None:
+    """Write native tensors as savanna's ``.pt``, or as safetensors with its settings as metadata, by the name's end.
+
+    The inference form is converted to a training form of the same function on the way; see ``forms``.
+
+    Raises:
+        CheckpointError: savanna has no place for a feature of `config`.
+    """
+    settings = savanna_settings.config_to_savanna(config)
+    config, tensors = _trainable(config, tensors, destination)
+    write_file(config, savanna.savanna_spelling(config), tensors, destination, settings, key="module")
+
+
+def read_mbridge(source: Path, *, config: Settings | None, trust_pickle: bool) -> tuple[Evo2Config, TensorStream]:
+    """Read a Megatron-Bridge or NeMo 2 checkpoint.
+
+    Args:
+        source: the folder of all iterations, of one, or NeMo 2's.
+        config: settings in the field names of BioNeMo's model provider (or a ``run_config.yaml`` of them), which take
+            precedence over those beside the tensors; or in ours.
+        trust_pickle: allow the checkpoint's ``.metadata`` to run code.
+
+    Returns:
+        The configuration, and the native tensors in training form.
+
+    Raises:
+        CheckpointNotFoundError: no such folder, or a file of it is missing.
+        CheckpointError: as :func:`read_vortex`.
+        ConfigError: the configuration is incomplete or not an Evo 2's.
+    """
+    folder = mbridge.iteration_folder(source)
+    tensors = mbridge.without_prefix(from_dcp(folder, trust_pickle=trust_pickle))
+    given = mbridge_settings.model_settings(config) if config else {}
+    noted = mbridge_settings.read_run_config(folder)
+
+    def parse(settings: Settings) -> Evo2Config:
+        length = mbridge.filter_length(tensors)
+        stored = {"filter_cache_length": length} if length else {}
+        return mbridge_settings.config_from_mbridge({**stored, **settings}, tensors, path=folder)
+
+    parsed = _configuration(given, noted, source, parse, _TRAINING)
+    fused = mbridge.is_fused(tensors)
+    tensors = mbridge.cut_filters(tensors, parsed.hcm_filter_length)
+    parsed, stream = _read(parsed, lambda found: mbridge.mbridge_spelling(found, fused=fused), tensors, folder)
+    rounded = mbridge_settings.rounds_frequencies({**noted, **given}, parsed)
+    logger.info(
+        "%s: the format stores no rotary frequencies; taking those %s",
+        folder,
+        "rounded to bf16" if rounded else "of fp32",
+    )
+    return parsed, _followed_by(stream, mbridge.frequencies(parsed, rounded=rounded))
+
+
+def write_mbridge(config: Evo2Config, tensors: NamedTensors, destination: Path) -> None:
+    """Write native tensors into the existing folder `destination` as a Megatron-Bridge checkpoint.
+
+    Its software finds weights and the model's settings there, and takes those of training from its own recipe.
+
+    Raises:
+        CheckpointError: (from the stream) the rotary frequencies are none that the format's readers could know.
+    """
+    config, tensors = _trainable(config, tensors, destination)
+    if config.fp8_scales:
+        logger.warning("%s: dropping the FP8 scales, for which the format has no place of its own", destination)
+    plain = config.model_copy(update={"fp8_scales": False})
+    rounded: set[bool] = set()
+    kept = mbridge.storable(plain, tensors, rounded)
+    with mapped(plain, mbridge.mbridge_spelling(plain), kept, destination) as stored:
+        mbridge_settings.write_run_files(destination, _ITERATION)
+        folder = destination / f"iter_{_ITERATION:07d}"
+        write_dcp(folder, stored)
+    text = mbridge_settings.run_config(plain, round_inv_freq=rounded != {False})
+    (folder / mbridge_settings.RUN_CONFIG).write_text(text)
+
+
+def _read(
+    config: Evo2Config, spelling_of: Callable[[Evo2Config], Spelling], tensors: TensorSource, path: Path
+) -> tuple[Evo2Config, TensorStream]:
+    """Return the configuration with what only the tensors say, and the native tensors."""
+    scales = stored_scales(config, spelling_of(config), tensors, path)
+    config = config.model_copy(update={"fp8_scales": scales is not None})
+    return config, read_native(config, spelling_of(config), tensors, path=path, scales=scales)
+
+
+def _followed_by(tensors: TensorStream, more: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from tensors
+    yield from more.items()
+
+
+def _trainable(config: Evo2Config, tensors: NamedTensors, destination: Path) -> tuple[Evo2Config, TensorStream]:
+    """Return the training form, and say what it cannot bring back."""
     if config.parametrization == "inference":
-        return config, iter(tensors)
-    return config.model_copy(update={"parametrization": "inference"}), _joined_factors(tensors)
+        logger.warning("%s: the factors of the filters are not known; writing ones of the same function", destination)
+    if not config.norm_eps_inside:
+        logger.info("%s: the format's software adds norm_eps under the root, this model outside it", destination)
+    return to_training_form(config, tensors)
 
 
-def _joined_factors(tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hold back a factor until its partner comes."""
-    waiting: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors:
-        module, _, leaf = name.rpartition(".")
-        waiting[name] = tensor
-        if {f"{module}.gamma", f"{module}.p"} <= waiting.keys():
-            gamma, p = waiting.pop(f"{module}.gamma"), waiting.pop(f"{module}.p")
-            yield f"{module}.log_poles", factored_log_poles(gamma, p)
-        elif {f"{module}.taps", f"{module}.decay"} <= waiting.keys():
-            yield f"{module}.taps", decayed_taps(waiting.pop(f"{module}.taps"), waiting.pop(f"{module}.decay"))
-        elif leaf not in {"gamma", "p", "taps", "decay"}:
-            yield name, waiting.pop(name)
-    yield from waiting.items()  # HCS taps have no decay
-
-
-def _load(
-    config: Evo2Config, tensors: TensorSource, names: Mapping[str, str], path: Path
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the native tensors; a stored copy of the tied embedding is compared."""
-    for native, foreign in names.items():
-        tensor = tensors.load(foreign)
-        copied = foreign == vortex.EMBEDDING and config.tie_embeddings and vortex.UNEMBED in tensors.shapes
-        if copied and not torch.equal(tensor, tensors.load(vortex.UNEMBED)):
-            raise CheckpointError(
-                f"{path}: {vortex.UNEMBED} differs from {foreign}, but tie_embeddings says that they are one"
-            )
-        yield native, vortex.from_vortex_layout(config, native, tensor)
-
-
-def _check_names(present: Collection[str], expected: Collection[str], path: Path) -> None:
-    """Refuse missing and unexpected tensors; say which known extras are dropped."""
-    dropped = [name for name in present if vortex.IGNORED.fullmatch(name)]
-    if dropped:
-        logger.info("%s: dropping %d tensors that are no weights, such as %s", path, len(dropped), dropped[0])
-    optional = {*dropped, vortex.UNEMBED}
-    for fault, names in (
-        ("missing", set(expected) - set(present)),
-        ("unexpected", set(present) - set(expected) - optional),
-    ):
-        if names:
-            listed = sorted(names)
-            more = f" and {len(listed) - _NAMES_SHOWN} more" if len(listed) > _NAMES_SHOWN else ""
-            raise CheckpointError(f"{path}: {fault} tensor {', '.join(listed[:_NAMES_SHOWN])}{more}")
-
-
-def _config(given: Mapping[str, Any] | None, tensors: TensorSource, path: Path) -> Evo2Config:
-    """Return the configuration from the caller, the metadata, or the published model of the file's name."""
-    settings = {**json_metadata(tensors, "config", path=path), **(given or {})}
-    if settings:
-        return vortex.config_from_vortex(settings, source=path)
-    published = {spec.name: spec.config for spec in all_specs()}.get(path.name.partition(".")[0])
+def _configuration(
+    given: Settings | None,
+    noted: Settings,
+    path: Path,
+    parse: Callable[[Settings], Evo2Config],
+    format_is: Settings,
+) -> Evo2Config:
+    """Return the configuration from the caller, the file's notes, or the published model of the file's name."""
+    if given and is_native(given):
+        return Evo2Config.from_json({**format_is, **given, "parametrization": format_is["parametrization"]})
+    if settings := {**noted, **(given or {})}:
+        return parse(settings)
+    name = path.name.partition(".")[0].removeprefix("savanna_")
+    published = {spec.name: spec.config for spec in all_specs()}.get(name)
     if not isinstance(published, Evo2Config):
         raise ConfigError(
             f"{path} says nothing about its configuration and is not named after a published model; pass config= with "
-            "a mapping or file of vortex's settings (hidden_size, num_layers, hcs_layer_idxs, ...)"
+            "a mapping or file of settings, in the format's field names or Cistron's (hidden_size, layer_pattern, ...)"
         )
-    return published
-
-
-def _weight_file(source: Path) -> Path:
-    """Return the weight file that `source` means, which may exist only in parts."""
-    if source.is_dir():
-        found = {_unsplit(path) for path in source.iterdir() if _unsplit(path).suffix in {".pt", ".safetensors"}}
-        if len(found) != 1:
-            listed = ", ".join(sorted(path.name for path in found)) or "none"
-            raise CheckpointNotFoundError(f"{source} must hold one .pt or .safetensors checkpoint, found {listed}")
-        return found.pop()
-    return _unsplit(source)
-
-
-def _unsplit(path: Path) -> Path:
-    """Return the path of the file that a part belongs to; other paths stay."""
-    match = _PART.fullmatch(path.name)
-    return path.with_name(match["file"]) if match else path
-
-
-def _open(path: Path, *, trust_pickle: bool) -> TensorSource:
-    """Open a weight file; parts are joined in a temporary file, which is gone once its tensors are mapped."""
-    if is_safetensors(path):
-        return from_safetensors([path])
-    parts = {int(match["number"]): part for part in path.parent.glob("*") if (match := _part_of(part, path))}
-    if path.exists() or not parts:
-        return _pickled(path, path, trust_pickle=trust_pickle)
-    if absent := sorted(set(range(max(parts) + 1)) - parts.keys()):
-        raise CheckpointNotFoundError(f"{path}.part{absent[0]} does not exist, but part {max(parts)} does")
-    folder = path.parent if os.access(path.parent, os.W_OK) else None
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", suffix=".joined") as joined:
-        for number in range(len(parts)):
-            with parts[number].open("rb") as part:
-                shutil.copyfileobj(part, joined, length=1 << 24)
-        joined.flush()
-        return _pickled(Path(joined.name), path, trust_pickle=trust_pickle)
-
-
-def _part_of(candidate: Path, path: Path) -> re.Match[str] | None:
-    match = _PART.fullmatch(candidate.name)
-    return match if match and match["file"] == path.name else None
-
-
-def _pickled(path: Path, shown: Path, *, trust_pickle: bool) -> TensorSource:
-    """Map the tensors of a ``.pt``; FP8 states in it may be byte streams."""
-    content = unpickle(path, trust_pickle=trust_pickle, allowed=[io.BytesIO])
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{shown} must hold a mapping of tensors, got a {type(content).__name__}")
-    tensors = {}
-    for name, value in content.items():
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value
-        elif vortex.IGNORED.fullmatch(name):
-            logger.info("%s: dropping %s, which is no tensor", shown, name)
-        else:
-            raise CheckpointError(f"{shown}: {name} is a {type(value).__name__}, not a tensor")
-    return from_tensors(tensors)
+    return published.model_copy(update=format_is)

@@ -16,9 +16,10 @@ from typing import ClassVar, Protocol, Self, cast
 import torch
 from torch import nn
 
-from cistron.models.evo2.cache import HyenaState
+from cistron.models.evo2.cache import FirState, HyenaState
 from cistron.models.evo2.config import HCL, HCM, HCS, Evo2Config
 from cistron.models.evo2.layout import Layout
+from cistron.models.layers.fp8 import Fp8Projection
 from cistron_kernels.decode_step import fir_step, modal_step
 from cistron_kernels.hyena_fir import TapOrder, hyena_fir
 from cistron_kernels.modal_scan import modal_scan
@@ -44,9 +45,9 @@ class Operator(Protocol):
     """What stands between the two gates."""
 
     def __call__(
-        self, z: torch.Tensor, *, state: torch.Tensor | None, lengths: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map z [B, H, L] to y [B, H, L] and the state after each row's last real token."""
+        self, z: torch.Tensor, *, state: FirState | torch.Tensor | None, lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, FirState | torch.Tensor]:
+        """Map z [B, H, L] to y [B, H, L] and the state after each row's last real token, which may reuse `state`."""
         ...
 
 
@@ -63,10 +64,10 @@ class HcsFilter(nn.Module):
             self.skip = nn.Parameter(torch.empty(config.num_filter_groups))
 
     def forward(
-        self, z: torch.Tensor, *, state: torch.Tensor | None = None, lengths: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Filter z [B, H, L]; the state is [B, H, K-1]."""
-        return filtered(z, self.taps, order=self.order, skip=self.skip, history=state, lengths=lengths)
+        self, z: torch.Tensor, *, state: FirState | None = None, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, FirState | None]:
+        """Filter z [B, H, L]; the state holds the last inputs."""
+        return filtered(z, self.taps, order=self.order, skip=self.skip, state=state, lengths=lengths)
 
 
 class HcmFilter(nn.Module):
@@ -84,10 +85,10 @@ class HcmFilter(nn.Module):
         return self.taps
 
     def forward(
-        self, z: torch.Tensor, *, state: torch.Tensor | None = None, lengths: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Filter z [B, H, L]; the state is [B, H, K-1]."""
-        return filtered(z, self.effective_taps(), order=self.order, skip=self.skip, history=state, lengths=lengths)
+        self, z: torch.Tensor, *, state: FirState | None = None, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, FirState | None]:
+        """Filter z [B, H, L]; the state holds the last inputs."""
+        return filtered(z, self.effective_taps(), order=self.order, skip=self.skip, state=state, lengths=lengths)
 
 
 class HcmTrainingFilter(Fp32Module, HcmFilter):
@@ -126,8 +127,7 @@ class HclFilter(Fp32Module):
         """Filter z [B, H, L]; the state is [B, H, S]."""
         log_poles = self.effective_log_poles()
         if state is not None and lengths is None and z.shape[-1] == 1:
-            y, state = modal_step(z[..., 0], log_poles, self.residues, state)
-            y = y[..., None]
+            y = modal_step(z[..., 0], log_poles, self.residues, state)[..., None]
         else:
             y, state = modal_scan(z, log_poles, self.residues, state=state, lengths=lengths)
         return y + self.skip.to(z.dtype)[:, None] * z, state
@@ -151,7 +151,7 @@ class HyenaMixer(nn.Module):
     def __init__(self, config: Evo2Config, symbol: str) -> None:
         super().__init__()
         width = config.hidden_size
-        self.projection = nn.Linear(width, 3 * width, bias=False)
+        self.projection = Fp8Projection(width, 3 * width, stored_scales=config.fp8_scales)
         self.projection_taps = nn.Parameter(torch.empty(3 * width, config.short_filter_length))
         self.filter = make_filter(config, symbol)
         self.output = nn.Linear(width, width)
@@ -166,7 +166,7 @@ class HyenaMixer(nn.Module):
             rows.transpose(1, 2),
             self.projection_taps,
             order="correlation",
-            history=None if state is None else state.projection,
+            state=None if state is None else state.projection,
             lengths=layout.lengths,
         )
         post_gate, pre_gate, value = projected.view(len(rows), -1, 3, rows.shape[1]).unbind(dim=2)
@@ -175,7 +175,7 @@ class HyenaMixer(nn.Module):
             pre_gate * value, state=None if state is None else state.operator, lengths=layout.lengths
         )
         if state is not None:
-            state.projection, state.operator = projection_state, operator_state
+            state.projection, state.operator = cast("FirState", projection_state), operator_state
         return (post_gate * y).transpose(1, 2)
 
 
@@ -196,14 +196,17 @@ def filtered(
     *,
     order: TapOrder,
     skip: torch.Tensor | None = None,
-    history: torch.Tensor | None = None,
+    state: FirState | None = None,
     lengths: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a finite filter over [B, C, L]: a single token that continues a row takes the cheaper step."""
-    if history is None or lengths is not None or x.shape[-1] > 1:
-        return hyena_fir(x, taps, order=order, skip=skip, history=history, lengths=lengths)
-    y, history = fir_step(x[..., 0], taps, history, order=order, skip=skip)
-    return y[..., None], history
+) -> tuple[torch.Tensor, FirState | None]:
+    """Run a finite filter over [B, C, L]: a single token that continues a row takes the cheaper step, in place."""
+    if state is None:
+        return hyena_fir(x, taps, order=order, skip=skip)[0], None
+    if lengths is not None or x.shape[-1] > 1:
+        y, last = hyena_fir(x, taps, order=order, skip=skip, history=state.last(), lengths=lengths)
+        return y, FirState.of(last.to(state.inputs.dtype))
+    y = fir_step(x[..., 0], taps, state.inputs, state.next_slot(), order=order, skip=skip)
+    return y[..., None], state
 
 
 def decayed_taps(taps: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
@@ -219,8 +222,9 @@ def factored_log_poles(gamma: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 def empty_state(config: Evo2Config, symbol: str, batch_size: int, like: torch.Tensor) -> HyenaState:
     """Return the state of a Hyena layer before the first token; `like` gives device and dtype."""
     width = config.hidden_size
-    projection = like.new_zeros(batch_size, 3 * width, config.short_filter_length - 1)
+    projection = FirState.of(like.new_zeros(batch_size, 3 * width, config.short_filter_length - 1))
     if symbol == HCL:
-        return HyenaState(projection, like.new_zeros(batch_size, width, config.state_size, dtype=torch.float32))
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return HyenaState(projection, like.new_zeros(batch_size, width, config.state_size, dtype=wide))
     taps = config.hcs_filter_length if symbol == HCS else config.hcm_filter_length
-    return HyenaState(projection, like.new_zeros(batch_size, width, taps - 1))
+    return HyenaState(projection, FirState.of(like.new_zeros(batch_size, width, taps - 1)))

@@ -16,7 +16,8 @@ import torch
 from cistron.models.evo2.config import HCL, HCM, HCS, Evo2Config
 from cistron.models.evo2.hyena import decayed_taps, factored_log_poles
 
-_FRESH_P: Final = -1.0
+FRESH_P: Final = -1.0
+"""Every p of a fresh HCL filter in training form."""
 _GAMMA_RANGE: Final = (0.01, 0.1)
 _RESIDUE_SCALE: Final = 0.1
 _HCM_SCALE: Final = 1e-5
@@ -29,6 +30,8 @@ def initial_tensor(config: Evo2Config, name: str, shape: torch.Size, *, seed: in
     *path, leaf = name.split(".")
     if leaf == "inv_freq":
         return rotary_frequencies(config)
+    if leaf in ("input_scale", "weight_scale"):
+        return torch.ones(shape, device="cpu")
     if leaf == "bias" or leaf == "weight":
         return _dense(config, name, shape, seed)
     if leaf == "projection_taps":
@@ -37,9 +40,14 @@ def initial_tensor(config: Evo2Config, name: str, shape: torch.Size, *, seed: in
 
 
 def rotary_frequencies(config: Evo2Config) -> torch.Tensor:
-    """Return base^(-2i/D) for i = 0 .. D/2 - 1, rounded to bf16 as the published checkpoints hold them, in fp32."""
+    """Return the rotary frequencies rounded to bf16 as the published checkpoints hold them, [D/2] fp32."""
+    return exact_rotary_frequencies(config).bfloat16().float()
+
+
+def exact_rotary_frequencies(config: Evo2Config) -> torch.Tensor:
+    """Return base^(-2i/D) for i = 0 .. D/2 - 1, [D/2] fp32."""
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32, device="cpu") / config.head_size
-    return (1.0 / config.rotary_base**exponents).bfloat16().float()
+    return 1.0 / config.rotary_base**exponents
 
 
 def hcm_decay(config: Evo2Config) -> torch.Tensor:
@@ -56,6 +64,8 @@ def _dense(config: Evo2Config, name: str, shape: torch.Size, seed: int) -> torch
         return torch.zeros(shape, device="cpu")
     if name.endswith("norm.weight"):
         return torch.ones(shape, device="cpu")
+    if name == "embedding.weight" and config.embedding_init_std is not None:
+        return _normal(shape, _stream(seed, name)) * config.embedding_init_std
     width = config.hidden_size
     writes = name.endswith("output.weight")
     deviation = 2 / (config.num_layers * math.sqrt(width)) if writes else math.sqrt(2 / (5 * width))
@@ -83,7 +93,7 @@ def _filter(config: Evo2Config, symbol: str, module: str, leaf: str, shape: torc
 
 def _poles(leaf: str, module: str, shape: torch.Size, seed: int) -> torch.Tensor:
     """Return gamma, p, or the log poles that they make."""
-    p = torch.full(shape, _FRESH_P, device="cpu")
+    p = torch.full(shape, FRESH_P, device="cpu")
     if leaf == "p":
         return p
     gamma = torch.empty(shape, device="cpu").uniform_(*_GAMMA_RANGE, generator=_stream(seed, f"{module}.gamma")).log()

@@ -26,8 +26,8 @@ from cistron.models.evo2.config import ATTENTION, HCL, HCM, HCS, Evo2Config
 from cistron.models.evo2.initial import initial_tensor
 from cistron.models.evo2.layout import Layout, cached_layout, packed_layout, padded_layout
 from cistron.models.layers.buffers import Fp32Buffers
-from cistron.models.naming import EMBEDDING, FINAL_NORM, block_name, canonical_layer
-from cistron.models.outputs import ModelOutput
+from cistron.models.naming import EMBEDDING, FINAL_NORM, LOGITS, block_name, canonical_layer, parsed_inner_name
+from cistron.models.outputs import ModelOutput, recorded
 from cistron.tokenizers import ByteTokenizer
 from cistron_kernels.glu import Activation, glu
 from cistron_kernels.rms_norm import rms_norm
@@ -130,18 +130,20 @@ class Evo2(SequenceModel):
             if isinstance(module, hyena.Fp32Module | Fp32Buffers):
                 yield name, module
 
-    def new_cache(self, batch_size: int, *, dtype: torch.dtype | None = None) -> Cache:
+    def new_cache(self, batch_size: int, *, dtype: torch.dtype | None = None, reserve: int = 0) -> Cache:
         """Return the state of `batch_size` rows that have read nothing.
 
         Args:
             batch_size: number of rows.
             dtype: of keys, values and filter histories; the embedding's if not given. HCL's states are fp32.
+            reserve: tokens per row for whose keys and values room is made at once. More may follow, but then the
+                buffers grow, which for a moment needs the old and the new ones.
         """
         if batch_size < 1:
             raise InputError(f"a cache needs at least one row, got batch_size={batch_size}")
         like = torch.empty(0, device=self.device, dtype=dtype or self.embedding.weight.dtype)
         layers = [
-            attention.empty_state(self.config, batch_size, like)
+            attention.empty_state(self.config, batch_size, like, reserve=reserve)
             if symbol == ATTENTION
             else hyena.empty_state(self.config, symbol, batch_size, like)
             for symbol in self.config.layer_pattern
@@ -172,11 +174,11 @@ class Evo2(SequenceModel):
         """
         names = {canonical_layer(layer, num_layers=self.config.num_layers) for layer in hidden_states}
         layout = _layout(input_ids, attention_mask, cu_seqlens, cache)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None), recorded(self._inner(names)) as inner:
             logits, found = self._run(input_ids, layout, cache, names)
         if cache is not None:
             cache.advance(input_ids.shape[1] if layout.lengths is None else layout.lengths)
-        return ModelOutput(logits=logits, hidden_states=found)
+        return ModelOutput(logits=logits, hidden_states=found | inner)
 
     def init_weights(self, *, seed: int) -> None:
         """Fill every parameter and buffer with the published initialisation, the same numbers for the same seed."""
@@ -223,7 +225,12 @@ class Evo2(SequenceModel):
             x = keep(block_name(index), block(x, layout, None if cache is None else cache.layers[index]))
         x = keep(FINAL_NORM, self.final_norm(x))
         logits = functional.linear(x, self.embedding.weight) if self.unembed is None else self.unembed(x)
-        return logits, found
+        return keep(LOGITS, logits), found
+
+    def _inner(self, names: set[str]) -> dict[str, nn.Module]:
+        """Return the mixers and MLPs among the given canonical names."""
+        parts = {name: place for name in names if (place := parsed_inner_name(name))}
+        return {name: getattr(self.blocks[index], part) for name, (index, part) in parts.items()}
 
 
 def _layout(

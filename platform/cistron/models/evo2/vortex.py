@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,12 +12,15 @@ import torch
 
 from cistron.errors import CheckpointError, ConfigError
 from cistron.models.evo2.config import ATTENTION, HCL, HCM, HCS, Evo2Config
+from cistron.models.evo2.fp8_state import STATE_NAMES
+from cistron.models.evo2.settings import FP8_OPTIONAL_WIDTH, check_constants, need
+from cistron.models.evo2.spelling import Spelling, rows_by_head, rows_by_kind
 
-IGNORED: Final = re.compile(r"(.*\.)?_extra_state|blocks\.\d+\.(mixer\.mixer\.)?filter\.t")
-"""Tensors that released files hold beside the weights: FP8 scales and a range of integers."""
+_DROPPED: Final = re.compile(r"(.*\.)?_extra_state|blocks\.\d+\.(mixer\.mixer\.)?filter\.t")
+"""What released files hold beside weights: FP8 states, of which only the scales are kept, and a range of integers."""
 
-UNEMBED: Final = "unembed.weight"
-EMBEDDING: Final = "embedding_layer.weight"
+_UNEMBED: Final = "unembed.weight"
+_EMBEDDING: Final = "embedding_layer.weight"
 
 _LAYER_LISTS: Final = {
     "hcs_layer_idxs": HCS,
@@ -25,8 +29,6 @@ _LAYER_LISTS: Final = {
     "attn_layer_idxs": ATTENTION,
 }
 _DEFAULT_MLP_MULTIPLE: Final = 64
-_FP8_OPTIONAL_WIDTH: Final = 4096
-"""The 7B family asks for FP8 projections like the others, but is known not to need them."""
 
 _CONSTANT: Final[Mapping[str, Any]] = {
     "short_filter_bias": False,
@@ -43,9 +45,9 @@ _CONSTANT: Final[Mapping[str, Any]] = {
 """Settings that every Evo 2 shares; another value is another model."""
 
 _WHOLE_NAMES: Final = {
-    "embedding.weight": EMBEDDING,
+    "embedding.weight": _EMBEDDING,
     "final_norm.weight": "norm.scale",
-    "unembed.weight": UNEMBED,
+    "unembed.weight": _UNEMBED,
 }
 _BLOCK_NAMES: Final = {
     "mixer_norm.weight": "pre_norm.scale",
@@ -56,6 +58,7 @@ _BLOCK_NAMES: Final = {
 }
 _HYENA_NAMES: Final = {
     "mixer.projection.weight": "projections.weight",
+    **dict.fromkeys(STATE_NAMES, "projections._extra_state"),
     "mixer.projection_taps": "filter.short_filter_weight",
     "mixer.filter.taps": "filter.h",
     "mixer.filter.log_poles": "filter.log_poles",
@@ -72,35 +75,15 @@ _ATTENTION_NAMES: Final = {
 }
 
 
-def vortex_name(config: Evo2Config, native: str) -> str:
-    """Return vortex's name of a native tensor of the inference form."""
-    if native in _WHOLE_NAMES:
-        return _WHOLE_NAMES[native]
-    _, index, rest = native.split(".", maxsplit=2)
-    mixer = _ATTENTION_NAMES if config.layer_pattern[int(index)] == ATTENTION else _HYENA_NAMES
-    return f"blocks.{index}.{(_BLOCK_NAMES | mixer)[rest]}"
-
-
-def from_vortex_layout(config: Evo2Config, native: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of vortex in the native layout; `native` is its native name."""
-    if native.endswith("taps"):
-        return tensor.squeeze(1)
-    if native.endswith("log_poles"):
-        return tensor.squeeze(-1)
-    if native.endswith("qkv.weight"):  # rows (head, q|k|v, channel) to (q|k|v, head, channel)
-        return tensor.unflatten(0, (config.num_attention_heads, 3, -1)).transpose(0, 1).flatten(0, 2)  # type: ignore[no-untyped-call]
-    return tensor
-
-
-def to_vortex_layout(config: Evo2Config, native: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Undo :func:`from_vortex_layout`."""
-    if native.endswith("taps"):
-        return tensor.unsqueeze(1)
-    if native.endswith("log_poles"):
-        return tensor.unsqueeze(-1)
-    if native.endswith("qkv.weight"):
-        return tensor.unflatten(0, (3, config.num_attention_heads, -1)).transpose(0, 1).flatten(0, 2)  # type: ignore[no-untyped-call]
-    return tensor
+def vortex_spelling(config: Evo2Config) -> Spelling:
+    """Return vortex's names and layouts for the inference form of `config`."""
+    return Spelling(
+        name=partial(_name, config),
+        encode=partial(_encode, config),
+        decode=partial(_decode, config),
+        dropped=_DROPPED,
+        copies={_UNEMBED: _EMBEDDING} if config.tie_embeddings else {},
+    )
 
 
 def config_from_vortex(settings: Mapping[str, Any], *, source: Path) -> Evo2Config:
@@ -109,10 +92,8 @@ def config_from_vortex(settings: Mapping[str, Any], *, source: Path) -> Evo2Conf
     Raises:
         ConfigError: a setting is missing, out of range, or makes another model than an Evo 2.
     """
-    for key, expected in _CONSTANT.items():
-        if settings.get(key, expected) != expected:
-            raise ConfigError(f"{source}: {key}: Evo 2 has {expected!r}, got {settings[key]!r}; this is another model")
-    width, groups = _need(settings, "hidden_size", source), _need(settings, "hcm_filter_groups", source)
+    check_constants(settings, _CONSTANT, source=source)
+    width, groups = need(settings, "hidden_size", source=source), need(settings, "hcm_filter_groups", source=source)
     for key, expected in (("hcs_filter_groups", groups), ("hcl_filter_groups", width)):
         if settings.get(key, expected) != expected:
             raise ConfigError(f"{source}: {key}: must be {expected} in an Evo 2 of this shape, got {settings[key]!r}")
@@ -122,7 +103,7 @@ def config_from_vortex(settings: Mapping[str, Any], *, source: Path) -> Evo2Conf
             "vocab_size": settings.get("vocab_size", 512),
             "hidden_size": width,
             "layer_pattern": _pattern(settings, source),
-            "num_attention_heads": _need(settings, "num_attention_heads", source),
+            "num_attention_heads": need(settings, "num_attention_heads", source=source),
             "mlp_size": _mlp_size(settings, width),
             "short_filter_length": settings.get("short_filter_length", 3),
             "hcs_filter_length": settings.get("hcs_filter_length", 7),
@@ -131,12 +112,12 @@ def config_from_vortex(settings: Mapping[str, Any], *, source: Path) -> Evo2Conf
             "state_size": settings.get("state_size", 16),
             "rotary_base": settings.get("rotary_emb_base", 10_000),
             "rotary_scaling": settings.get("rotary_emb_scaling_factor", 1) if interpolated else 1,
-            "max_length": _need(settings, "max_seqlen", source),
+            "max_length": need(settings, "max_seqlen", source=source),
             "norm_eps": settings.get("eps", 1e-6),
             "mlp_activation": "first_layer_gelu" if settings.get("evo2_style_activations", False) else "gelu",
             "attention_output_bias": settings.get("mha_out_proj_bias", True),
             "tie_embeddings": settings.get("tie_embeddings", True),
-            "requires_fp8": settings.get("use_fp8_input_projections", False) and width != _FP8_OPTIONAL_WIDTH,
+            "requires_fp8": settings.get("use_fp8_input_projections", False) and width != FP8_OPTIONAL_WIDTH,
         }
     )
 
@@ -176,26 +157,46 @@ def config_to_vortex(config: Evo2Config) -> dict[str, Any]:
         "evo2_style_activations": config.mlp_activation == "first_layer_gelu",
         "mha_out_proj_bias": config.attention_output_bias,
         "tie_embeddings": config.tie_embeddings,
-        "use_fp8_input_projections": config.requires_fp8,
+        "use_fp8_input_projections": config.requires_fp8 or config.fp8_scales,
         **_CONSTANT,
     }
 
 
-def _need(settings: Mapping[str, Any], key: str, source: Path) -> Any:
-    if key not in settings:
-        raise ConfigError(f"{source}: the vortex configuration has no {key}")
-    return settings[key]
+def _name(config: Evo2Config, native: str) -> str:
+    if native in _WHOLE_NAMES:
+        return _WHOLE_NAMES[native]
+    _, index, rest = native.split(".", maxsplit=2)
+    mixer = _ATTENTION_NAMES if config.layer_pattern[int(index)] == ATTENTION else _HYENA_NAMES
+    return f"blocks.{index}.{(_BLOCK_NAMES | mixer)[rest]}"
+
+
+def _encode(config: Evo2Config, native: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a native tensor in vortex's layout."""
+    if native.endswith("taps"):
+        return tensor.unsqueeze(1)
+    if native.endswith("log_poles"):
+        return tensor.unsqueeze(-1)
+    return rows_by_head(config, tensor) if native.endswith("qkv.weight") else tensor
+
+
+def _decode(config: Evo2Config, native: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Undo :func:`_encode`."""
+    if native.endswith("taps"):
+        return tensor.squeeze(1)
+    if native.endswith("log_poles"):
+        return tensor.squeeze(-1)
+    return rows_by_kind(config, tensor) if native.endswith("qkv.weight") else tensor
 
 
 def _pattern(settings: Mapping[str, Any], source: Path) -> str:
     """Return one symbol per layer from the four lists of indices."""
     symbols: dict[int, str] = {}
     for key, symbol in _LAYER_LISTS.items():
-        for index in _need(settings, key, source):
+        for index in need(settings, key, source=source):
             if index in symbols:
                 raise ConfigError(f"{source}: {key}: layer {index} is in two lists")
             symbols[index] = symbol
-    count = _need(settings, "num_layers", source)
+    count = need(settings, "num_layers", source=source)
     if sorted(symbols) != list(range(count)):
         raise ConfigError(f"{source}: the layer lists must name each of the {count} layers, got {sorted(symbols)}")
     return "".join(symbols[index] for index in range(count))
