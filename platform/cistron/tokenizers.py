@@ -11,7 +11,7 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cistron.alphabets import MASK, validate_dna, validate_protein
+from cistron.alphabets import MASK, refuse_dna, validate_dna, validate_protein
 
 ESM2_TOKENS: Final = (
     *("<cls>", "<pad>", "<eos>", "<unk>"),
@@ -95,8 +95,10 @@ class ProteinTokenizer:
                 self._table[ord(token)] = token_id
 
     def validate(self, sequence: str, *, name: str = "sequence", max_length: int | None = None) -> str:
-        """Check with :func:`cistron.alphabets.validate_protein`, gaps allowed; return upper case."""
-        return validate_protein(sequence, name=name, max_length=max_length, gaps=True)
+        """Check with :func:`cistron.alphabets.validate_protein`, gaps allowed, and refuse DNA; return upper case."""
+        residues = validate_protein(sequence, name=name, max_length=max_length, gaps=True)
+        refuse_dna(residues, name=name)
+        return residues
 
     def encode(self, sequence: str) -> NDArray[np.int64]:
         """Return int64 ids [L + 2] with ``<cls>`` and ``<eos>`` around the residues; ``<mask>`` is one residue."""

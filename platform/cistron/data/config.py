@@ -6,7 +6,7 @@ from pydantic import Field
 
 from cistron.config import Config
 from cistron.data.index import CorpusIndex
-from cistron.data.mask import MASK_PROBABILITY
+from cistron.data.mask import MASK_PROBABILITY, Replacement
 from cistron.data.plan import LOWERCASE_WEIGHT, Crop, SamplePlan
 from cistron.models.base import Objective
 
@@ -19,13 +19,17 @@ class DataConfig(Config):
     max_length: int = Field(ge=2)
     """Longest sample: nt of a DNA window, or residues of a protein crop (special tokens not counted)."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the order, the crops and the masks."""
+    """Seed of the order, the members of clusters, the crops and the masks."""
     mask_probability: float = Field(default=MASK_PROBABILITY, gt=0, le=1)
     """Share of the residues that ESM-2 has to predict."""
     lowercase_weight: float = Field(default=LOWERCASE_WEIGHT, ge=0, le=1)
     """Loss weight of lower-case (repetitive) bases; 1 treats all bases alike."""
     crop: Crop = "random"
     """Where a protein longer than max_length is cut: at a random place, or after its start."""
+    keep_ends: bool = False
+    """Put <cls> and <eos> around every crop of a protein, also where it was cut; otherwise only at its true ends."""
+    replacement: Replacement = "standard"
+    """What a tenth of ESM-2's targets is replaced by: one of the 20 standard residues, or of the whole vocabulary."""
 
 
 def build_plan(config: DataConfig, *, split: str, objective: Objective) -> SamplePlan:

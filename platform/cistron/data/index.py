@@ -39,6 +39,15 @@ class Shard(Config):
     sha256: str
 
 
+class ClusterTable(Config):
+    """Which rows of a split are one cluster."""
+
+    file: str
+    """Path below the corpus folder: one row per cluster, its id and the numbers of its rows in the split."""
+    sha256: str
+    clusters: int
+
+
 class Split(Config):
     """One part of the corpus."""
 
@@ -50,6 +59,8 @@ class Split(Config):
     """Path of the per-row table below the corpus folder."""
     index_sha256: str
     shards: tuple[Shard, ...]
+    clusters: ClusterTable | None = None
+    """Absent where every row is a sample of its own."""
 
 
 class CorpusManifest(Config):
@@ -68,6 +79,26 @@ class CorpusManifest(Config):
 
 
 @dataclass(frozen=True, eq=False)
+class Clusters:
+    """The clusters of one split.
+
+    Attributes:
+        rows: [rows] int64, numbers of the rows, cluster after cluster.
+        offsets: [clusters + 1] int64, place in `rows` of the first row of each cluster.
+    """
+
+    rows: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def members(self, cluster: int) -> NDArray[np.int64]:
+        """Return the numbers of the rows of cluster number `cluster`; constant time."""
+        return self.rows[self.offsets[cluster] : self.offsets[cluster + 1]]
+
+
+@dataclass(frozen=True, eq=False)
 class CorpusIndex:
     """One split of a prepared corpus, opened.
 
@@ -78,6 +109,7 @@ class CorpusIndex:
         lengths: [rows] int64, letters (nt or residues) of each row, shard after shard.
         row_offsets: [shards + 1] int64, number of the first row of each shard.
         fingerprint: SHA-256 of ``index.json``.
+        clusters: which rows are one cluster, or None where every row is a sample of its own.
     """
 
     path: str
@@ -86,6 +118,7 @@ class CorpusIndex:
     lengths: NDArray[np.int64]
     row_offsets: NDArray[np.int64]
     fingerprint: str
+    clusters: Clusters | None = None
 
     @classmethod
     def open(cls, path: PathLike, split: str) -> CorpusIndex:
@@ -101,7 +134,8 @@ class CorpusIndex:
         rows = [shard.rows for shard in manifest.splits[split].shards]
         offsets = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)]).astype(np.int64)
         lengths = _read_lengths(path, manifest.splits[split])
-        return cls(str(path), split, manifest, lengths, offsets, fingerprint)
+        clusters = _read_clusters(path, manifest.splits[split])
+        return cls(str(path), split, manifest, lengths, offsets, fingerprint, clusters)
 
     @property
     def alphabet(self) -> Alphabet:
@@ -166,11 +200,25 @@ def read_manifest(path: PathLike) -> tuple[CorpusManifest, str]:
 def _read_lengths(path: PathLike, split: Split) -> NDArray[np.int64]:
     """Read the per-row table of `split`; only the column that sampling needs is kept."""
     file = storage.join(path, split.index)
-    content = storage.read_bytes(file)
-    if hashlib.sha256(content).hexdigest() != split.index_sha256:
-        raise InputError(f"{file}: the content is not what {INDEX_FILE} says (sha256 differs)")
-    table = pq.read_table(pa.BufferReader(content), columns=["length"])
+    table = _read_table(file, split.index_sha256, column="length")
     lengths: NDArray[np.int64] = table.column("length").to_numpy()
     if len(lengths) != split.rows:
         raise InputError(f"{file}: {len(lengths):,} rows, but {INDEX_FILE} says {split.rows:,}")
     return lengths
+
+
+def _read_clusters(path: PathLike, split: Split) -> Clusters | None:
+    """Read the table of the clusters of `split`, if it has one."""
+    if split.clusters is None:
+        return None
+    table = _read_table(storage.join(path, split.clusters.file), split.clusters.sha256, column="rows")
+    lists = table.column("rows").combine_chunks()
+    return Clusters(lists.flatten().to_numpy(), lists.offsets.to_numpy().astype(np.int64))
+
+
+def _read_table(file: str, sha256: str, *, column: str) -> pa.Table:
+    """Return one column of a Parquet file whose hash the manifest holds."""
+    content = storage.read_bytes(file)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise InputError(f"{file}: the content is not what {INDEX_FILE} says (sha256 differs)")
+    return pq.read_table(pa.BufferReader(content), columns=[column])

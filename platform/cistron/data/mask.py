@@ -6,7 +6,7 @@ draw per target: deciding mask first and random afterwards among the rest would 
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,24 +17,33 @@ from cistron.tokenizers import ProteinTokenizer
 IGNORED: Final = -100
 """Target of a position that is not scored."""
 
+Replacement = Literal["standard", "vocabulary"]
+"""What random replacements are drawn from: the 20 standard residues, or all 33 tokens, special ones included."""
+
 MASK_PROBABILITY: Final = 0.15
 _MASK_SHARE: Final = 0.8
 _RANDOM_SHARE: Final = 0.1
 
 
 def mask_tokens(
-    ids: NDArray[np.integer], *, rng: np.random.Generator, probability: float = MASK_PROBABILITY
+    ids: NDArray[np.integer],
+    *,
+    rng: np.random.Generator,
+    probability: float = MASK_PROBABILITY,
+    replacement: Replacement = "standard",
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Choose targets among `ids` and corrupt them.
 
-    Special tokens are never targets. A random residue is drawn from the 20 standard ones, the old one included. When
-    no position of a short sequence is drawn, the one nearest to it is taken: every sequence with a residue has a
-    target, so that none is read in vain and none has an undefined loss.
+    Special tokens are never targets. A random token may be the old one. When no position of a short sequence is drawn,
+    the one nearest to it is taken: every sequence with a residue has a target, so that none is read in vain and none
+    has an undefined loss.
 
     Args:
         ids: [L] token ids of one sequence.
         rng: keyed by the sample, so that the outcome does not depend on who computes it.
         probability: share of the residues that become targets.
+        replacement: what the tenth is drawn from. ``standard`` puts a residue in the place of a residue;
+            ``vocabulary``, with which NVIDIA measured perplexities of ESM-2, may put even ``<pad>`` there.
 
     Returns:
         input_ids [L] and targets [L]; the target is -100 where nothing is asked.
@@ -47,10 +56,11 @@ def mask_tokens(
     tokens: NDArray[np.int64] = ids.astype(np.int64)
     chosen = _choose(tokens, rng=rng, probability=probability)
     fate = rng.random(len(tokens))
-    residues = rng.integers(ProteinTokenizer.standard_ids.start, ProteinTokenizer.standard_ids.stop, size=len(tokens))
+    drawn = ProteinTokenizer.standard_ids if replacement == "standard" else range(ProteinTokenizer.vocab_size)
+    substitutes = rng.integers(drawn.start, drawn.stop, size=len(tokens))
     input_ids = np.where(chosen & (fate < _MASK_SHARE), ProteinTokenizer.mask_id, tokens)
     replaced = chosen & (fate >= _MASK_SHARE) & (fate < _MASK_SHARE + _RANDOM_SHARE)
-    return np.where(replaced, residues, input_ids), np.where(chosen, tokens, IGNORED)
+    return np.where(replaced, substitutes, input_ids), np.where(chosen, tokens, IGNORED)
 
 
 def _choose(ids: NDArray[np.int64], *, rng: np.random.Generator, probability: float) -> NDArray[np.bool_]:

@@ -2,13 +2,14 @@
 
 The whole order of training is arithmetic. Nothing is shuffled in memory and nothing depends on the number of workers,
 so the position of a run is one integer, any sample can be found in constant time, and two runs can be compared sample
-by sample. Each epoch visits every document once, in an order given by a keyed permutation.
+by sample. Each epoch visits every document once, in an order given by a keyed permutation; where the corpus has
+clusters, a document is one member of a cluster, drawn anew at every visit (UniRef50 and UniRef90; Lin et al. 2023).
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Final, Literal
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cistron.data.index import CorpusIndex
-from cistron.data.mask import MASK_PROBABILITY
+from cistron.data.mask import MASK_PROBABILITY, Replacement
 from cistron.errors import ConfigError, InputError
 from cistron.models.base import Objective
 
@@ -28,6 +29,7 @@ LOWERCASE_WEIGHT: Final = 0.1
 _ROUNDS: Final = 6
 _WORD: Final = (1 << 64) - 1
 _CROP_STREAM: Final = 0
+_MEMBER_STREAM: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ class SamplePlan:
     """The order of training over one split.
 
     DNA rows are cut into windows of `max_length`, each a document of its own; a last window of one letter has nothing
-    to predict and is left out. A protein is one document per epoch, cropped to `max_length` residues.
+    to predict and is left out. A protein is one document per epoch, cropped to `max_length` residues; of a corpus with
+    clusters, each epoch has one document per cluster, drawn uniformly from its members.
 
     Attributes:
         index: the opened split.
@@ -66,6 +69,10 @@ class SamplePlan:
         mask_probability: share of the residues that are targets (``masked`` only).
         lowercase_weight: loss weight of lower-case targets (``next_token`` only).
         crop: where a protein longer than `max_length` is cut: at a random place, new in each epoch, or after its start.
+        keep_ends: whether a crop that lacks an end of its protein has ``<cls>`` and ``<eos>`` there all the same. Not
+            so in the published training, as far as is known: the crop was of tokens, special ones included, so that
+            the model can tell a true end from a cut.
+        replacement: what a tenth of the targets is replaced by (``masked`` only).
 
     Raises:
         ConfigError: a setting is out of range or does not fit the corpus.
@@ -79,12 +86,13 @@ class SamplePlan:
     mask_probability: float = field(kw_only=True, default=MASK_PROBABILITY)
     lowercase_weight: float = field(kw_only=True, default=LOWERCASE_WEIGHT)
     crop: Crop = field(kw_only=True, default="random")
+    keep_ends: bool = field(kw_only=True, default=False)
+    replacement: Replacement = field(kw_only=True, default="standard")
     _offsets: NDArray[np.int64] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check()
-        rows = np.arange(self.index.num_rows + 1, dtype=np.int64)
-        object.__setattr__(self, "_offsets", rows if self.objective == "masked" else self._window_offsets())
+        object.__setattr__(self, "_offsets", self._document_offsets())
         if self.samples_per_epoch == 0:
             raise InputError(f"{self.index.path}: split {self.index.split!r} holds no document to train on")
 
@@ -101,7 +109,7 @@ class SamplePlan:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides the samples; two plans with one fingerprint are the same plan."""
-        settings = (self.objective, self.max_length, self.seed, self.mask_probability, self.lowercase_weight, self.crop)
+        settings = [getattr(self, item.name) for item in fields(self) if item.init and item.name != "index"]
         return hashlib.sha256(repr((self.index.fingerprint, self.index.split, *settings)).encode()).hexdigest()
 
     def locate(self, sample_index: int) -> Sample:
@@ -114,10 +122,18 @@ class SamplePlan:
             raise InputError(f"sample_index must not be negative, got {sample_index}")
         epoch, position = divmod(sample_index, self.samples_per_epoch)
         document = permute(position, size=self.samples_per_epoch, seed=self.seed, epoch=epoch)
-        row = int(np.searchsorted(self._offsets, document, side="right")) - 1
+        row = self._row_of(sample_index, document)
         start, length = self._extent(sample_index, document, row)
         shard, row_in_shard = self.index.shard_of(row)
         return Sample(sample_index, epoch, shard, row_in_shard, start, length)
+
+    def _row_of(self, sample_index: int, document: int) -> int:
+        """Return the row that `document` is, or is part of; of a cluster, the member drawn for this visit."""
+        if self.index.clusters is None:
+            return int(np.searchsorted(self._offsets, document, side="right")) - 1
+        members = self.index.clusters.members(document)
+        rng = sample_rng(self.seed, sample_index, stream=_MEMBER_STREAM)
+        return int(members[rng.integers(len(members))])
 
     def _extent(self, sample_index: int, document: int, row: int) -> tuple[int, int]:
         """Return the first letter and the length of `document` in its row."""
@@ -131,8 +147,12 @@ class SamplePlan:
             start = int(rng.integers(available - self.max_length + 1))
         return start, min(self.max_length, available - start)
 
-    def _window_offsets(self) -> NDArray[np.int64]:
-        """Return [rows + 1], number of the first window of each row; a last window of one letter does not count."""
+    def _document_offsets(self) -> NDArray[np.int64]:
+        """Return [rows + 1] (of clusters: [clusters + 1]), number of the first document of each row or cluster."""
+        if self.objective == "masked":
+            clusters = self.index.clusters
+            return np.arange((self.index.num_rows if clusters is None else len(clusters)) + 1, dtype=np.int64)
+        # A last window of one letter does not count.
         windows = (self.index.lengths + self.max_length - 2) // self.max_length
         return np.concatenate([[0], np.cumsum(windows)]).astype(np.int64)
 

@@ -8,7 +8,7 @@ written by the task that holds it. The driver sees only lengths and hashes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,17 +19,17 @@ import ray.data
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from cistron.data.clusters import ClusterMap
+from cistron.data.commit import commit
+from cistron.data.holdout import TRAIN, VALID, ClusterSettings, Holdout, choose_holdout
 from cistron.data.index import Alphabet, CorpusManifest, read_manifest
 from cistron.data.rows import RowFormat, SourceFile, find_sources, read_rows
-from cistron.data.shards import WrittenShard, commit, rows_to_tables, split_mask, write_shard
+from cistron.data.shards import WrittenShard, rows_to_tables, write_shard
 from cistron.errors import ConfigError, own_error
 from cistron.io import storage
 from cistron.io.storage import PathLike
 
 _LOG = logging.getLogger(__name__)
-
-TRAIN: Final = "train"
-VALID: Final = "valid"
 
 ROW_LENGTH: Final = 131_072
 """Default DNA row in nt: also the distance between phylogenetic tags in Evo 2's corpus."""
@@ -44,12 +44,14 @@ _SHARD_LETTERS: Final = 64 << 20
 
 
 class SequenceSource(Datasource):
-    """Rows of sequence files, validated and tokenised, in the order of the files."""
+    """Rows of one split of sequence files, validated and tokenised, in the order of the files."""
 
-    def __init__(self, sources: Sequence[SourceFile], form: RowFormat) -> None:
+    def __init__(
+        self, sources: Sequence[SourceFile], form: RowFormat, split: str, holdout: ray.ObjectRef[Holdout]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._sources = sources
-        self._form = form
+        self._read = partial(_read, form=form, split=split, holdout=holdout)
 
     def estimate_inmemory_data_size(self) -> None:
         """Return nothing: how far a compressed file unpacks is not known before it is read."""
@@ -59,7 +61,7 @@ class SequenceSource(Datasource):
     ) -> list[ReadTask]:
         """Return one task per file or row group, whatever parallelism Ray would like."""
         unknown = BlockMetadata(None, None, None, None)
-        return [ReadTask(partial(_read, source, self._form), unknown) for source in self._sources]
+        return [ReadTask(partial(self._read, source), unknown) for source in self._sources]
 
 
 def prepare_corpus(
@@ -73,11 +75,13 @@ def prepare_corpus(
     seed: int = 0,
     sequence_column: str = "sequence",
     name_column: str | None = None,
+    clusters: ClusterSettings | None = None,
 ) -> CorpusManifest:
     """Write the corpus `output` from `inputs`: all of it, or nothing.
 
     The same input and settings give the same bytes, on any number of machines. Whether a row is for validation is
-    decided by a hash of the seed, its record's name and its start.
+    decided by a hash of the seed, its record's name and its start. Clusters are held out whole, by a hash of the seed
+    and the cluster's id; training on such a corpus visits each cluster once in an epoch, a member drawn every time.
 
     Args:
         inputs: FASTA (plain or gzip) or Parquet files, or folders of them; local or URLs.
@@ -90,9 +94,11 @@ def prepare_corpus(
         seed: of the split.
         sequence_column: Parquet column of the letters.
         name_column: Parquet column of the names; ``None`` names a record by its file and row.
+        clusters: where it is written which protein belongs to which cluster; nowhere if not given.
 
     Raises:
-        InputError: a missing, empty, malformed or damaged file; a name twice in one file; `output` exists.
+        InputError: a missing, empty, malformed or damaged file; a name twice in one file; a mapping that names a
+            sequence that is not there, or one sequence twice; `output` exists.
         SequenceError: a letter outside the alphabet; names file, record and position.
         ConfigError: a setting is out of range.
     """
@@ -103,6 +109,13 @@ def prepare_corpus(
         )
     form = RowFormat(alphabet, row_length, sequence_column, name_column)
     sources = find_sources([str(path) for path in inputs], form)
+    paths = _paths(sources)
+    clusters = clusters or ClusterSettings()
+    mapping = clusters.mapping(form, paths)
+    cluster_map = None if mapping is None else ClusterMap.load(mapping)
+    holdout = choose_holdout(
+        cluster_map, seed=seed, fraction=validation_fraction, paths=paths, unmapped=clusters.unmapped
+    )
     rows_per_shard = rows_per_shard or _rows_per_shard(form)
     with storage.new_folder(output) as folder:
         pipeline = _Pipeline(
@@ -114,13 +127,9 @@ def prepare_corpus(
             validation_fraction=validation_fraction,
             seed=seed,
         )
-        written = {split: pipeline.run(split) for split in ((TRAIN, VALID) if validation_fraction else (TRAIN,))}
-        if written.get(VALID) == []:
-            _LOG.warning("no row fell into the split %r, so there is none: raise validation_fraction", VALID)
-            del written[VALID]
-            storage.remove_tree(storage.join(folder, VALID))
+        written = pipeline.run_all(holdout)
         names = tuple(storage.name_of(path) for path in inputs)
-        commit(folder, written, paths=_paths(sources), manifest=pipeline.manifest(names))
+        commit(folder, written, paths=paths, manifest=pipeline.manifest(names), clusters=cluster_map)
     return _summarise(output)
 
 
@@ -136,21 +145,31 @@ class _Pipeline:
     validation_fraction: float
     seed: int
 
-    def run(self, split: str) -> list[WrittenShard]:
+    def run_all(self, holdout: Holdout) -> dict[str, list[WrittenShard]]:
+        """Write every split; one that got no row is left out, with a warning, unless it is the one to train on."""
+        held = ray.put(holdout)  # A mapping may be gigabytes: one copy per node.
+        written = {
+            split: self._run(split, held) for split in ((TRAIN, VALID) if self.validation_fraction else (TRAIN,))
+        }
+        if written.get(VALID) == []:
+            _LOG.warning("no row fell into the split %r, so there is none: raise validation_fraction", VALID)
+            del written[VALID]
+            storage.remove_tree(storage.join(self.folder, VALID))
+        return written
+
+    def _run(self, split: str, holdout: ray.ObjectRef[Holdout]) -> list[WrittenShard]:
         """Write the shards of one split."""
         storage.make_dirs(storage.join(self.folder, split))
         dataset = ray.data.read_datasource(
-            SequenceSource(self.sources, self.form), override_num_blocks=len(self.sources)
+            SequenceSource(self.sources, self.form, split, holdout), override_num_blocks=len(self.sources)
         )
         dataset.context.execution_options.preserve_order = True
-        select = partial(_select, split=split, seed=self.seed, validation_fraction=self.validation_fraction)
         write = partial(_write, folder=self.folder, split=split, rows_per_group=self.rows_per_group)
         options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
-        dataset = dataset.map_batches(select, **options)
         dataset = dataset.repartition(target_num_rows_per_block=self.rows_per_shard, strict=True)
         dataset = dataset.map_batches(write, **options)
         try:
-            with _without_ray_log():
+            with without_ray_log():
                 reports = list(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
         except Exception as error:
             raise own_error(error) from error
@@ -168,15 +187,11 @@ class _Pipeline:
         }
 
 
-def _read(source: SourceFile, form: RowFormat) -> Iterable[pa.Table]:
-    """Read one source, on a worker."""
-    return rows_to_tables(read_rows(source, form), file_number=source.number)
-
-
-def _select(table: pa.Table, *, split: str, seed: int, validation_fraction: float) -> pa.Table:
-    """Keep the rows of one split, on a worker."""
-    held_out = split_mask(table, seed=seed, validation_fraction=validation_fraction)
-    return table.filter(pa.array(held_out if split == VALID else ~held_out))
+def _read(source: SourceFile, *, form: RowFormat, split: str, holdout: ray.ObjectRef[Holdout]) -> Iterator[pa.Table]:
+    """Read the rows of one source that belong to `split`, on a worker."""
+    held = ray.get(holdout)
+    for table in rows_to_tables(read_rows(source, form), file_number=source.number):
+        yield held.select(table, split)
 
 
 def _write(table: pa.Table, *, folder: str, split: str, rows_per_group: int) -> pa.Table:
@@ -187,7 +202,7 @@ def _write(table: pa.Table, *, folder: str, split: str, rows_per_group: int) -> 
 
 
 @contextmanager
-def _without_ray_log() -> Iterator[None]:
+def without_ray_log() -> Iterator[None]:
     """Keep Ray Data from logging a refused file as its own fault, twice and with a trace; it raises the error, too."""
     log = logging.getLogger("ray.data")
     level = log.level
@@ -216,9 +231,10 @@ def _summarise(output: PathLike) -> CorpusManifest:
     manifest, _ = read_manifest(output)
     for name, split in manifest.splits.items():
         _LOG.info(
-            "%s: %d records, %d rows, %d letters, %d shards",
+            "%s: %d records, %s%d rows, %d letters, %d shards",
             name,
             split.records,
+            f"{split.clusters.clusters} clusters, " if split.clusters else "",
             split.rows,
             split.letters,
             len(split.shards),

@@ -82,9 +82,9 @@ def read_sample(plan: SamplePlan, sample: Sample) -> TrainingSample:
     if plan.objective == "next_token":
         tokens = next_token(row, sample.start, sample.length, lowercase_weight=plan.lowercase_weight)
     else:
-        ids = _protein_ids(row, sample.start, sample.length)
+        ids = _protein_ids(row, sample.start, sample.length, keep_ends=plan.keep_ends)
         rng = sample_rng(plan.seed, sample.sample_index, stream=_MASK_STREAM)
-        input_ids, targets = mask_tokens(ids, rng=rng, probability=plan.mask_probability)
+        input_ids, targets = mask_tokens(ids, rng=rng, probability=plan.mask_probability, replacement=plan.replacement)
         tokens = (input_ids, targets, (targets != IGNORED).astype(np.float32))
     input_ids, targets, weights = tokens
     return TrainingSample(sample.sample_index, input_ids.astype(np.int32), targets.astype(np.int32), weights)
@@ -168,10 +168,10 @@ def _open_shard(file: str, sha256: str) -> pq.ParquetFile:
         raise InputError(f"{file}: not a Parquet file ({error}); the shard is damaged") from error
 
 
-def _protein_ids(row: NDArray[np.uint8], start: int, length: int) -> NDArray[np.int64]:
-    """Return the ids of a crop; ``<cls>`` and ``<eos>`` stand only at the true ends of the protein."""
-    first = [ProteinTokenizer.cls_id] if start == 0 else []
-    last = [ProteinTokenizer.eos_id] if start + length == len(row) else []
+def _protein_ids(row: NDArray[np.uint8], start: int, length: int, *, keep_ends: bool) -> NDArray[np.int64]:
+    """Return the ids of a crop, ``<cls>`` and ``<eos>`` at the true ends of the protein, or with `keep_ends` always."""
+    first = [ProteinTokenizer.cls_id] if keep_ends or start == 0 else []
+    last = [ProteinTokenizer.eos_id] if keep_ends or start + length == len(row) else []
     return np.concatenate([first, row[start : start + length], last]).astype(np.int64)
 
 

@@ -7,9 +7,8 @@ know its number: the names sort into the order of the corpus, and ``commit`` num
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cistron.data.index import INDEX_FILE, CorpusManifest, Shard, Split
+from cistron.data.hashing import hash_names
 from cistron.data.rows import Row
-from cistron.errors import InputError
 from cistron.io import storage
 
 ROW_SCHEMA = pa.schema(
@@ -86,13 +84,6 @@ def rows_to_tables(rows: Iterable[Row], *, file_number: int, row_bytes: int = 64
         yield _to_table(held, file_number)
 
 
-def split_mask(table: pa.Table, *, seed: int, validation_fraction: float) -> NDArray[np.bool_]:
-    """Return [rows] true where a row belongs to validation: a hash of seed, record name and start decides."""
-    limit = round(validation_fraction * 2**64)
-    pairs = zip(table.column("name").to_pylist(), table.column("start").to_pylist(), strict=True)
-    return np.array([_hash(f"{seed}:{start}:{name}") < limit for name, start in pairs], dtype=bool)
-
-
 def write_shard(table: pa.Table, *, folder: str, split: str, rows_per_group: int) -> WrittenShard:
     """Write one shard below `folder` and report it; a second attempt replaces the first.
 
@@ -119,104 +110,10 @@ def write_shard(table: pa.Table, *, folder: str, split: str, rows_per_group: int
         lengths=pc.binary_length(table.column("tokens")).to_numpy().astype(np.int64),
         file_numbers=first.column("file").to_numpy(),
         lines=first.column("line").to_numpy(),
-        name_keys=np.array([_hash(name) for name in first.column("name").to_pylist()], dtype=np.uint64),
+        name_keys=hash_names(first.column("name").to_pylist()),
         bytes=content.size,
         sha256=hashlib.sha256(content).hexdigest(),
     )
-
-
-def commit(
-    folder: str, splits: dict[str, list[WrittenShard]], *, paths: Sequence[str], manifest: dict[str, Any]
-) -> None:
-    """Number the shards, write the tables of lengths, and last ``index.json``, which makes `folder` a corpus.
-
-    Args:
-        folder: where the shards were written.
-        splits: the report of every shard.
-        paths: path of each input file, by its number.
-        manifest: the fields of ``CorpusManifest`` other than `splits`.
-
-    Raises:
-        InputError: a split is empty, or a name occurs twice in one file.
-    """
-    ordered = {name: sorted(shards, key=lambda shard: shard.file) for name, shards in splits.items()}
-    for name, shards in ordered.items():
-        if not shards:
-            raise InputError(f"no row fell into the split {name!r}: change validation_fraction, seed or row_length")
-    _check_duplicates([shard for shards in ordered.values() for shard in shards], folder, paths)
-    written = {name: _commit_split(folder, name, shards) for name, shards in ordered.items()}
-    index = CorpusManifest(splits=written, **manifest)
-    storage.write_text(storage.join(folder, INDEX_FILE), index.model_dump_json(indent=2) + "\n")
-
-
-def _commit_split(folder: str, name: str, shards: list[WrittenShard]) -> Split:
-    """Give the shards of one split their final names and write its table of lengths."""
-    files = [f"{name}/shard-{number:05d}.parquet" for number in range(len(shards))]
-    for shard, file in zip(shards, files, strict=True):
-        storage.move(storage.join(folder, shard.file), storage.join(folder, file))
-    table = f"{name}/index.parquet"
-    lengths = np.concatenate([shard.lengths for shard in shards])
-    return Split(
-        rows=len(lengths),
-        letters=int(lengths.sum()),
-        records=sum(len(shard.lines) for shard in shards),
-        index=table,
-        index_sha256=_write_lengths(storage.join(folder, table), shards),
-        shards=tuple(
-            Shard(
-                file=file,
-                rows=len(shard.lengths),
-                letters=int(shard.lengths.sum()),
-                bytes=shard.bytes,
-                sha256=shard.sha256,
-            )
-            for shard, file in zip(shards, files, strict=True)
-        ),
-    )
-
-
-def _write_lengths(path: str, shards: list[WrittenShard]) -> str:
-    """Write (shard, row, length) of every row and return the file's SHA-256."""
-    rows = [len(shard.lengths) for shard in shards]
-    table = pa.table(
-        {
-            "shard": pa.array(np.repeat(np.arange(len(shards), dtype=np.int32), rows)),
-            "row": pa.array(np.concatenate([np.arange(count, dtype=np.int32) for count in rows])),
-            "length": pa.array(np.concatenate([shard.lengths for shard in shards])),
-        }
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    content = sink.getvalue().to_pybytes()
-    storage.write_bytes(path, content)
-    return hashlib.sha256(content).hexdigest()
-
-
-def _check_duplicates(shards: list[WrittenShard], folder: str, paths: Sequence[str]) -> None:
-    """Refuse a name that stands twice in one file; other files may use it too, as genomes share `chr1`."""
-    files = np.concatenate([shard.file_numbers for shard in shards])
-    lines = np.concatenate([shard.lines for shard in shards])
-    keys = np.concatenate([shard.name_keys for shard in shards])
-    order = np.lexsort((lines, keys, files))
-    same = (np.diff(files[order]) == 0) & (np.diff(keys[order]) == 0)
-    if same.any():
-        place = int(same.argmax())
-        first, second = order[place], order[place + 1]
-        raise InputError(
-            f"{paths[files[first]]}: lines {lines[first]} and {lines[second]} hold records of one name "
-            f"({_find_name(shards, folder, int(second))!r}); names must be unique in a file"
-        )
-
-
-def _find_name(shards: list[WrittenShard], folder: str, record: int) -> str:
-    """Return the name of record number `record` among those that begin in `shards`."""
-    for shard in shards:
-        if record < len(shard.lines):
-            with storage.open_input(storage.join(folder, shard.file)) as stream:
-                table = pq.read_table(stream, columns=["name", "start"])
-            return str(table.filter(pc.equal(table.column("start"), 0)).column("name")[record].as_py())
-        record -= len(shard.lines)
-    raise AssertionError("the record was counted, so it is in a shard")
 
 
 def _to_table(rows: list[Row], file_number: int) -> pa.Table:
@@ -224,8 +121,3 @@ def _to_table(rows: list[Row], file_number: int) -> pa.Table:
     return pa.Table.from_arrays(
         [pa.array(column, field.type) for column, field in zip(columns, ROW_SCHEMA, strict=True)], schema=ROW_SCHEMA
     )
-
-
-def _hash(text: str) -> int:
-    """Return 64 bits of `text` that are the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")

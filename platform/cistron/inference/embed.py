@@ -1,14 +1,22 @@
 """Representations of sequences, per token or pooled to one vector.
 
 Pooling looks at nucleotides or residues only: ESM-2's ``<cls>`` and ``<eos>`` and the batch's padding never enter a
-mean or a per-token result. Vectors leave as fp32 whatever the model's dtype; means are taken in fp32.
+mean or a per-token result. Vectors leave as fp32 whatever the model's dtype; means are taken in fp32 or better.
+
+A DNA sequence above the token budget enters the model in chunks of that size. They are pooled as they come, so that a
+long sequence needs no more memory than a short one, unless one vector per nucleotide was asked for.
+
+A protein longer than any in training is read in overlapping windows, whose vectors are averaged with the weights of
+:mod:`cistron.inference.protein_windows`; its ``<cls>`` is the windows' mean, each weighted by the residues that it
+stands for. Nothing is cut off. `window` sets another size; one as long as the protein reads it whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from itertools import pairwise
+from typing import TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -20,12 +28,16 @@ from cistron.inference.batching import (
     check_token_budget,
     checked_sequences,
     length_sorted_batches,
+    packed,
     padded,
 )
+from cistron.inference.chunked import forward_chunks
+from cistron.inference.masked import with_ends
+from cistron.inference.pooling import Pool, Pooling, Row
+from cistron.inference.protein_windows import ProteinWindow, check_window, overlapping_windows, residues_per_window
 from cistron.models.base import SequenceModel
 from cistron.models.naming import canonical_layer
 
-Pooling: TypeAlias = Literal["mean", "cls", "last", "none"]
 Layer: TypeAlias = str | int
 
 
@@ -49,6 +61,7 @@ def embed_sequences(
     *,
     layers: Sequence[Layer] = (-1,),
     pooling: Pooling = "mean",
+    window: int | None = None,
     token_budget: int = TOKEN_BUDGET,
 ) -> list[Embedding]:
     """Embed sequences; results come in the order of the request and do not depend on what shared a batch.
@@ -56,10 +69,12 @@ def embed_sequences(
     Args:
         model: Evo 2 or ESM-2.
         sequences: DNA or protein.
-        layers: names such as ``blocks.3``, ``embedding`` and ``final_norm``, or indices; -1 is ``final_norm``.
+        layers: names such as ``blocks.3``, ``blocks.3.mlp``, ``embedding`` and ``final_norm``, in our, vortex's or
+            NeMo's spelling (:mod:`cistron.models.naming`), or indices; -1 is ``final_norm``.
         pooling: ``mean`` over nucleotides or residues; ``cls``, ESM-2's first token; ``last``, the last nucleotide or
             residue; ``none``, one vector per nucleotide or residue.
-        token_budget: most tokens of one forward pass, padding included.
+        window: proteins only; most residues that the model sees at once, its trained length (1,022) unless given.
+        token_budget: most tokens of one forward pass, padding included; a longer DNA sequence takes several.
 
     Raises:
         InputError: the request is empty or an option does not apply.
@@ -70,22 +85,54 @@ def embed_sequences(
         raise InputError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
     if pooling == "cls" and model.family != "esm2":
         raise InputError(f"pooling cls needs a <cls> token, which {model.family} does not have; use mean or last")
+    check_window(model, window)
     check_token_budget(token_budget)
     names = _canonical(model, layers)
-    rows = [model.tokenizer.encode(sequence) for sequence in checked_sequences(model, sequences)]
-    num_special = 1 if model.family == "esm2" else 0
-    results: dict[int, Embedding] = {}
-    for batch in length_sorted_batches([len(row) for row in rows], token_budget=token_budget):
-        ids, mask = padded([rows[i] for i in batch], pad_id=model.tokenizer.pad_id, device=model.device)
-        states = model(ids, attention_mask=mask, hidden_states=tuple(dict.fromkeys(names.values()))).hidden_states
-        for row, index in enumerate(batch):
-            length = len(rows[index])
-            vectors = {
-                layer: _pool(states[name][row, :length], pooling, num_special=num_special)
-                for layer, name in names.items()
-            }
-            results[index] = Embedding(vectors, length - 2 * num_special)
-    return [results[index] for index in range(len(rows))]
+    encoded = [model.tokenizer.encode(sequence) for sequence in checked_sequences(model, sequences, whole=False)]
+    lengths, rows = _rows(model, encoded, window)
+    recorded = dict.fromkeys(names.values())
+    pools = [{name: Pool(pooling, length) for name in recorded} for length in lengths]
+    for batch in length_sorted_batches([len(row.ids) for row in rows], token_budget=token_budget):
+        _pool_batch(model, [rows[i] for i in batch], pools, chunk=token_budget)
+    results = [{name: pool.result() for name, pool in by_name.items()} for by_name in pools]
+    return [
+        Embedding({layer: vectors[name] for layer, name in names.items()}, length)
+        for vectors, length in zip(results, lengths, strict=True)
+    ]
+
+
+def _rows(
+    model: SequenceModel, encoded: Sequence[NDArray[np.int64]], window: int | None
+) -> tuple[list[int], list[Row]]:
+    """Return how many nucleotides or residues each encoded sequence has, and the rows that the model reads."""
+    if model.family != "esm2":
+        whole = [Row(index, ids, ProteinWindow(0, len(ids), None), 0) for index, ids in enumerate(encoded)]
+        return [len(ids) for ids in encoded], whole
+    lengths = [len(ids) - 2 for ids in encoded]
+    size = residues_per_window(model, window, longest=max(lengths))
+    rows = [
+        Row(index, with_ends(ids[1 + part.start : 1 + part.stop]), part, 1)
+        for index, ids in enumerate(encoded)
+        for part in overlapping_windows(lengths[index], window=size)
+    ]
+    return lengths, rows
+
+
+def _pool_batch(model: SequenceModel, batch: Sequence[Row], pools: Sequence[Mapping[str, Pool]], *, chunk: int) -> None:
+    """Run one batch and hand its representations to the pools of its rows' sequences, which are by layer."""
+    names, rows = tuple(pools[0]), [row.ids for row in batch]
+    if model.family == "esm2":
+        ids, cu_seqlens = packed(rows, device=model.device)
+        states = model(ids, cu_seqlens=cu_seqlens, hidden_states=names).hidden_states
+        for row, (start, stop) in zip(batch, pairwise(cu_seqlens.tolist()), strict=True):
+            for name, pool in pools[row.index].items():
+                pool.add(row, 0, states[name][start:stop])
+        return
+    ids, mask = padded(rows, pad_id=model.tokenizer.pad_id, device=model.device)
+    for start, output in forward_chunks(model, ids, mask, chunk=chunk, hidden_states=names):
+        for place, row in enumerate(batch):
+            for name, pool in pools[row.index].items():
+                pool.add(row, start, output.hidden_states[name][place])
 
 
 def _canonical(model: SequenceModel, layers: Sequence[Layer]) -> dict[Layer, str]:
@@ -93,18 +140,3 @@ def _canonical(model: SequenceModel, layers: Sequence[Layer]) -> dict[Layer, str
     if isinstance(layers, str | int) or not layers:
         raise InputError(f"layers must be a list of at least one name or index, got {layers!r}")
     return {layer: canonical_layer(layer, num_layers=len(model.blocks)) for layer in layers}
-
-
-def _pool(state: torch.Tensor, pooling: Pooling, *, num_special: int) -> NDArray[np.float32]:
-    """Pool one sequence's representations [L, H], of which `num_special` at either end belong to special tokens."""
-    inner = state[num_special : len(state) - num_special].float()
-    match pooling:
-        case "mean":
-            pooled = inner.mean(dim=0)
-        case "cls":
-            pooled = state[0].float()
-        case "last":
-            pooled = inner[-1]
-        case "none":
-            pooled = inner
-    return pooled.cpu().numpy()

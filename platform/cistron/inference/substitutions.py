@@ -1,41 +1,72 @@
 """Effect of amino-acid substitutions under ESM-2, by the three published strategies.
 
-``masked-marginal``: mask each mutated position alone and compare the two residues' log-probabilities there.
-``wt-marginal``: the same from the unmasked wild type. ``pseudo-ppl``: the mutant's pseudo-log-likelihood minus the wild
-type's. The first two add up over the substitutions of a multiple mutant. Log-probabilities are over all 33 tokens.
+These are of Meier et al. 2021 (doi:10.1101/2021.07.09.450648). ``masked-marginal``: mask each mutated position alone
+and compare the two residues' log-probabilities there. ``wt-marginal``: the same from the unmasked wild type. ``pseudo-
+ppl``: the mutant's pseudo-log-likelihood minus the wild type's. The first two add up over the substitutions of a
+multiple mutant. Log-probabilities are over all 33 tokens, on which the difference of two does not depend. Long
+proteins: see :mod:`cistron.inference.protein_windows`.
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
-from cistron.alphabets import AMINO_ACIDS
+from cistron.alphabets import AMINO_ACIDS, STANDARD_AMINO_ACIDS
 from cistron.errors import InputError
-from cistron.inference.batching import length_sorted_batches, padded
-from cistron.inference.score import masked_log_probs
+from cistron.inference.batching import TOKEN_BUDGET, check_token_budget, length_sorted_batches, packed
+from cistron.inference.masked import check_unmasked, log_probs_at, masked_log_probs, residue_ids, with_ends
+from cistron.inference.protein_variants import Substitution, mutated, parse_variant
+from cistron.inference.protein_windows import overlapping_windows, residues_per_window
 from cistron.models.base import SequenceModel
-from cistron.tokenizers import ProteinTokenizer
 
-ProteinStrategy: TypeAlias = Literal["masked-marginal", "wt-marginal", "pseudo-ppl"]
+MarginalStrategy: TypeAlias = Literal["masked-marginal", "wt-marginal"]
+ProteinStrategy: TypeAlias = MarginalStrategy | Literal["pseudo-ppl"]
 
-_SUBSTITUTION: Final = re.compile(rf"([{AMINO_ACIDS}])([1-9]\d*)([{AMINO_ACIDS}])")
+_PROTEIN_STRATEGIES: Final = ("masked-marginal", "wt-marginal", "pseudo-ppl")
+
+RESIDUE_ORDER: Final = STANDARD_AMINO_ACIDS
+"""Residues of the columns of a substitution matrix."""
 
 
-@dataclass(frozen=True, slots=True)
-class Substitution:
-    """One replaced residue; `position` is 0-based."""
+@torch.inference_mode()
+def substitution_matrix(
+    model: SequenceModel,
+    sequence: str,
+    *,
+    strategy: MarginalStrategy = "masked-marginal",
+    window: int | None = None,
+    token_budget: int = TOKEN_BUDGET,
+) -> NDArray[np.float64]:
+    """Score every single substitution of a protein: a deep mutational scan without the experiment.
 
-    wild_type: str
-    position: int
-    mutant: str
+    Args:
+        model: ESM-2.
+        sequence: the wild type, of L residues.
+        strategy: ``masked-marginal``, in L masked passes; ``wt-marginal``, in one pass per window.
+        window: residues that the model sees at once; its trained length unless given.
+        token_budget: most tokens of one forward pass, padding included.
+
+    Returns:
+        [L, 20] log p(mutant) - log p(wild type), columns in the order of :data:`RESIDUE_ORDER`; 0 for the wild type.
+
+    Raises:
+        InputError: the model is not ESM-2, an unknown strategy, or a window without a residue.
+        SequenceError: the wild type is not a protein, or holds ``<mask>``.
+    """
+    check_token_budget(token_budget)
+    if strategy not in get_args(MarginalStrategy):
+        raise InputError(f"strategy must be one of {', '.join(get_args(MarginalStrategy))}, got {strategy!r}")
+    wild_type = _wild_type(model, sequence, name="sequence")
+    ids, positions = residue_ids(model, wild_type), range(len(wild_type))
+    log_probs = _log_probs(model, ids, positions, strategy=strategy, window=window, token_budget=token_budget)
+    columns = residue_ids(model, RESIDUE_ORDER)
+    return log_probs[:, columns] - np.take_along_axis(log_probs, ids[:, None], axis=1)
 
 
 def score_substitutions(
@@ -43,76 +74,58 @@ def score_substitutions(
     variants: Sequence[Any],
     reference: Any,
     *,
-    window: int,
+    window: int | None,
     strategy: str,
     token_budget: int,
 ) -> pa.Table:
-    """Score ``A23T``-like variants of one protein; returns columns variant and score.
+    """Score variants of one protein; returns columns variant, as it was written, and score.
 
     Args:
         model: ESM-2.
-        variants: substitutions, several joined by ``:``; positions are 1-based.
+        variants: as in :mod:`cistron.inference.protein_variants`.
         reference: the wild-type sequence.
-        window: residues around a position that the marginal strategies show to the model.
+        window: residues that the model sees at once; its trained length if None.
         strategy: one of :data:`ProteinStrategy`.
         token_budget: most tokens of one forward pass, padding included.
 
     Raises:
         InputError: an unknown strategy, or a variant that is malformed or contradicts the wild type.
-        SequenceError: the wild type is not a protein.
+        SequenceError: the wild type is not a protein, or holds ``<mask>``.
     """
-    if strategy not in get_args(ProteinStrategy):
-        raise InputError(f"strategy must be one of {', '.join(get_args(ProteinStrategy))}, got {strategy!r}")
-    if window < 1:
-        raise InputError(f"window must be at least 1 residue, got {window}")
+    if strategy not in _PROTEIN_STRATEGIES:
+        raise InputError(f"strategy must be one of {', '.join(_PROTEIN_STRATEGIES)}, got {strategy!r}")
     if not isinstance(reference, str):
         raise InputError(f"reference must be the wild-type protein sequence, got a {type(reference).__name__}")
-    wild_type = model.tokenizer.validate(reference, name="reference")
-    parsed = [_parsed(index, variant, wild_type) for index, variant in enumerate(variants)]
+    wild_type = _wild_type(model, reference, name="reference")
+    parsed = [parse_variant(variant, wild_type, name=f"variant {index}") for index, variant in enumerate(variants)]
     if strategy == "pseudo-ppl":
-        scores = _pseudo_likelihood_changes(model, parsed, wild_type, token_budget)
+        scores = _pseudo_likelihood_changes(model, parsed, wild_type, window=window, token_budget=token_budget)
     else:
-        masked = strategy == "masked-marginal"
-        scores = _marginals(model, parsed, wild_type, window=window, masked=masked, token_budget=token_budget)
+        scores = _marginals(model, parsed, wild_type, strategy=strategy, window=window, token_budget=token_budget)
     return pa.table({"variant": pa.array(list(variants), pa.string()), "score": pa.array(scores, pa.float64())})
 
 
-def _parsed(index: int, variant: Any, wild_type: str) -> list[Substitution]:
-    """Read one variant and compare it with the wild type."""
-    if not isinstance(variant, str):
-        raise InputError(f"variant {index}: must be a string such as 'A23T' or 'A23T:G45D', got {variant!r}")
-    substitutions = []
-    for word in variant.split(":"):
-        match = _SUBSTITUTION.fullmatch(word)
-        if match is None:
-            raise InputError(f"variant {index} ({variant!r}): cannot read {word!r}; write it as 'A23T'")
-        substitution = Substitution(match[1], int(match[2]) - 1, match[3])
-        if substitution.position >= len(wild_type):
-            raise InputError(f"variant {index} ({variant!r}): {word} is past the end, at {len(wild_type)} residues")
-        found = wild_type[substitution.position]
-        if found != substitution.wild_type:
-            raise InputError(f"variant {index} ({variant!r}): the wild type has {found} at {match[2]}, not {match[1]}")
-        substitutions.append(substitution)
-    if len({substitution.position for substitution in substitutions}) < len(substitutions):
-        raise InputError(f"variant {index} ({variant!r}): replaces one position twice")
-    return substitutions
+def _wild_type(model: SequenceModel, sequence: str, *, name: str) -> str:
+    if model.family != "esm2":
+        raise InputError(f"substitutions of residues need an ESM-2 model, and this is {model.family}")
+    wild_type = model.tokenizer.validate(sequence, name=name)
+    check_unmasked(wild_type, name=name)
+    return wild_type
 
 
 def _pseudo_likelihood_changes(
-    model: SequenceModel, variants: Sequence[list[Substitution]], wild_type: str, token_budget: int
+    model: SequenceModel,
+    variants: Sequence[list[Substitution]],
+    wild_type: str,
+    *,
+    window: int | None,
+    token_budget: int,
 ) -> list[float]:
-    mutants = ["".join(_mutated(wild_type, substitutions)) for substitutions in variants]
+    mutants = [mutated(wild_type, substitutions) for substitutions in variants]
     unique = list(dict.fromkeys([wild_type, *mutants]))
-    values = masked_log_probs(model, unique, token_budget=token_budget)
+    values = masked_log_probs(model, unique, window=window, token_budget=token_budget)
     likelihood = {sequence: float(v.sum(dtype=np.float64)) for sequence, v in zip(unique, values, strict=True)}
     return [likelihood[mutant] - likelihood[wild_type] for mutant in mutants]
-
-
-def _mutated(wild_type: str, substitutions: Sequence[Substitution]) -> list[str]:
-    residues = list(wild_type)
-    for substitution in substitutions:
-        residues[substitution.position] = substitution.mutant
-    return residues
 
 
 def _marginals(
@@ -120,42 +133,55 @@ def _marginals(
     variants: Sequence[list[Substitution]],
     wild_type: str,
     *,
-    window: int,
-    masked: bool,
+    strategy: str,
+    window: int | None,
     token_budget: int,
 ) -> list[float]:
+    """Sum the substitutions of each variant; a position that many variants share is looked at once."""
     positions = sorted({substitution.position for substitutions in variants for substitution in substitutions})
-    table = _letter_log_probs(model, wild_type, positions, window=window, masked=masked, token_budget=token_budget)
-    ids = {letter: int(model.tokenizer.encode(letter)[1]) for letter in AMINO_ACIDS}
+    ids = residue_ids(model, wild_type)
+    found = _log_probs(model, ids, positions, strategy=strategy, window=window, token_budget=token_budget)
+    table = dict(zip(positions, found, strict=True))
+    letters = dict(zip(AMINO_ACIDS, residue_ids(model, AMINO_ACIDS), strict=True))
     return [
-        float(sum(table[s.position][ids[s.mutant]] - table[s.position][ids[s.wild_type]] for s in substitutions))
-        for substitutions in variants
+        float(sum(table[s.position][letters[s.mutant]] - table[s.position][letters[s.wild_type]] for s in variant))
+        for variant in variants
     ]
 
 
-def _letter_log_probs(
-    model: SequenceModel, wild_type: str, positions: Sequence[int], *, window: int, masked: bool, token_budget: int
-) -> dict[int, NDArray[np.float64]]:
-    """Return the log-probabilities of all tokens at each position, each seen in a window centred on it."""
-    starts = {position: _window_start(position, len(wild_type), window) for position in positions}
-    groups: dict[int, list[int]] = defaultdict(list)
-    for position in positions:
-        # Without masks, all positions that see the same window share one forward pass.
-        groups[position if masked else starts[position]].append(position)
-    passes = list(groups.values())
-    rows = [model.tokenizer.encode(wild_type[starts[group[0]] : starts[group[0]] + window]) for group in passes]
-    found: dict[int, NDArray[np.float64]] = {}
+def _log_probs(
+    model: SequenceModel,
+    ids: NDArray[np.int64],
+    positions: Sequence[int],
+    *,
+    strategy: str,
+    window: int | None,
+    token_budget: int,
+) -> NDArray[np.float64]:
+    """Return the log-probabilities of all tokens at the positions, [positions, V]."""
+    if strategy == "wt-marginal":
+        return _unmasked_log_probs(model, ids, window=window, token_budget=token_budget)[list(positions)]
+    values = np.empty((len(positions), model.tokenizer.vocab_size))
+    rows = {position: row for row, position in enumerate(positions)}
+    places = [(0, position) for position in positions]
+    for chosen, log_probs in log_probs_at(model, [ids], places, window=window, token_budget=token_budget):
+        values[[rows[position] for _, position in chosen]] = log_probs
+    return values
+
+
+def _unmasked_log_probs(
+    model: SequenceModel, ids: NDArray[np.int64], *, window: int | None, token_budget: int
+) -> NDArray[np.float64]:
+    """Return the log-probabilities at every residue of the unmasked protein, [L, V], windows stitched."""
+    values = np.zeros((len(ids), model.tokenizer.vocab_size))
+    windows = overlapping_windows(len(ids), window=residues_per_window(model, window, longest=len(ids)))
+    rows = [with_ends(ids[part.start : part.stop]) for part in windows]
     for batch in length_sorted_batches([len(row) for row in rows], token_budget=token_budget):
-        ids, mask = padded([rows[i] for i in batch], pad_id=model.tokenizer.pad_id, device=model.device)
-        places = [(row, position) for row, i in enumerate(batch) for position in passes[i]]
-        at = ([row for row, _ in places], [1 + position - starts[position] for _, position in places])
-        if masked:
-            ids[at] = ProteinTokenizer.mask_id
-        log_probs = model(ids, attention_mask=mask).logits[at].float().log_softmax(dim=-1).double().cpu().numpy()
-        found.update({position: values for (_, position), values in zip(places, log_probs, strict=True)})
-    return found
-
-
-def _window_start(position: int, length: int, window: int) -> int:
-    """Return where a window of `window` residues begins that is centred on `position` as far as the ends allow."""
-    return max(0, min(position - window // 2, length - window))
+        tokens, cu_seqlens = packed([rows[i] for i in batch], device=model.device)
+        found = model(tokens, cu_seqlens=cu_seqlens).logits.float().log_softmax(dim=-1).double().cpu().numpy()
+        for part, log_probs in zip(
+            (windows[i] for i in batch), np.split(found, cu_seqlens[1:-1].tolist()), strict=True
+        ):
+            weights = 1.0 if part.weights is None else part.weights[:, None]
+            values[part.start : part.stop] += weights * log_probs[1:-1]
+    return values

@@ -31,6 +31,9 @@ class SequenceModel(nn.Module, ABC):
     objective: ClassVar[Objective]
     config: Config
     tokenizer: Tokenizer
+    precision_path: str = "as built"
+    """The arithmetic that ``load_model`` chose: bf16, fp32, fp8, fp8_emulated, fp8_hopper_emulated."""
+    precision_reason: str = "not loaded by load_model"
 
     @property
     @abstractmethod

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from cistron.data.clusters import ClusterMap
+from cistron.data.commit import commit
 from cistron.data.index import CorpusIndex
 from cistron.data.rows import RowFormat, SourceFile, read_rows
-from cistron.data.shards import commit, rows_to_tables, write_shard
+from cistron.data.shards import rows_to_tables, write_shard
 from cistron.io.fasta import FastaRecord, write_fasta
 
 
@@ -19,8 +21,9 @@ def make_corpus(
     row_length: int = 100,
     rows_per_shard: int = 4,
     rows_per_group: int = 2,
+    clusters: ClusterMap | None = None,
 ) -> CorpusIndex:
-    """Write `sequences` as the split ``train`` of a corpus in `folder` and open it."""
+    """Write `sequences`, named record0, record1, .., as the split ``train`` of a corpus in `folder` and open it."""
     fasta = folder.parent / f"{folder.name}.fasta"
     write_fasta(fasta, [FastaRecord(f"record{i}", "", sequence) for i, sequence in enumerate(sequences)])
     form = RowFormat(alphabet=alphabet, row_length=row_length, sequence_column="sequence")
@@ -38,5 +41,5 @@ def make_corpus(
         "seed": 0,
         "sources": (fasta.name,),
     }
-    commit(str(folder), {"train": shards}, paths=[str(fasta)], manifest=fields)
+    commit(str(folder), {"train": shards}, paths=[str(fasta)], manifest=fields, clusters=clusters)
     return CorpusIndex.open(folder, "train")

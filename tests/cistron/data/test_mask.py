@@ -41,6 +41,18 @@ def test_replacements_are_the_20_standard_residues_in_equal_shares():
     assert ((counts[4:24] - expected) ** 2 / expected).sum() < 19 + 5 * 6.2
 
 
+def test_replacements_from_the_whole_vocabulary():
+    ids = np.full(300_000, 29)
+    input_ids, targets = mask_tokens(ids, rng=np.random.default_rng(2), probability=1.0, replacement="vocabulary")
+    assert (targets == 29).all()
+    counts = np.bincount(input_ids, minlength=33)
+    # Each of 33 tokens for 1 in 330 positions, besides what is masked or left.
+    others = np.delete(counts, [29, MASK])
+    expected = len(ids) / 330
+    assert ((others - expected) ** 2 / expected).sum() < 31 + 5 * 7.9
+    assert counts[MASK] / len(ids) == pytest.approx(0.8 + 0.1 / 33, abs=0.004)
+
+
 def test_positions_without_a_target_are_untouched():
     ids = random_ids(5000)
     input_ids, targets = mask_tokens(ids, rng=np.random.default_rng(3))

@@ -97,7 +97,8 @@ def test_fingerprint_depends_on_every_setting_and_the_data(tmp_path):
     base = {"objective": "next_token", "max_length": 8, "seed": 0}
     plans = [SamplePlan(index, **base), SamplePlan(other, **base)]
     plans += [SamplePlan(index, **(base | change)) for change in ({"seed": 1}, {"max_length": 9})]
-    plans += [SamplePlan(index, **base, lowercase_weight=0.5)]
+    plans += [SamplePlan(index, **base, lowercase_weight=0.5), SamplePlan(index, **base, keep_ends=True)]
+    plans += [SamplePlan(index, **base, replacement="vocabulary"), SamplePlan(index, **base, crop="start")]
     assert len({plan.fingerprint for plan in plans}) == len(plans)
     assert SamplePlan(index, **base).fingerprint == plans[0].fingerprint
 

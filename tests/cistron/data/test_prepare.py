@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from cistron.data.holdout import ClusterSettings
 from cistron.data.index import CorpusIndex
 from cistron.data.prepare import prepare_corpus
 from cistron.errors import ConfigError, InputError, SequenceError
@@ -129,6 +130,90 @@ def test_proteins_and_parquet_with_names(tmp_path):
         rows = stored_rows(tmp_path / "fasta", split)
         assert rows == stored_rows(tmp_path / "parquet", split)
         assert all(tokenizer.decode(list(row["tokens"])) == records[int(row["name"][1:])].sequence for row in rows)
+
+
+@pytest.fixture(scope="module")
+def clustered(tmp_path_factory):
+    """Sixty proteins of twenty clusters in two FASTA files with a mapping, and in one Parquet file with both ids."""
+    folder = tmp_path_factory.mktemp("clustered")
+    records = random_records(6, 60, letters="ACDEFGHIKLMNPQRSTVWY", longest=60)
+    owners = [f"c{i}" for i in np.random.default_rng(0).permutation(np.arange(60) % 20)]
+    write_fasta(folder / "a.fa.gz", records[:35])
+    write_fasta(folder / "b.fa", records[35:])
+    pairs = zip(owners, records, strict=True)
+    (folder / "map.tsv").write_text("".join(f"{cluster}\t{record.name}\n" for cluster, record in pairs))
+    columns = {"sequence": [r.sequence for r in records], "ur50_id": owners, "ur90_id": [r.name for r in records]}
+    pq.write_table(pa.table(columns), folder / "x.parquet", row_group_size=25)
+    return folder, dict(zip([r.name for r in records], owners, strict=True))
+
+
+def test_clusters_from_a_mapping_and_from_the_input_itself(clustered, tmp_path):
+    folder, owner = clustered
+    settings = {"alphabet": "protein", "validation_fraction": 0.3, "rows_per_shard": 10, "seed": 2}
+    fasta, mapping = [folder / "a.fa.gz", folder / "b.fa"], ClusterSettings(clusters=folder / "map.tsv")
+    prepare_corpus(fasta, tmp_path / "fasta", clusters=mapping, **settings)
+    own = ClusterSettings(cluster_column="ur50_id")
+    prepare_corpus([folder / "x.parquet"], tmp_path / "parquet", name_column="ur90_id", clusters=own, **settings)
+    seen = {}
+    for split in ("train", "valid"):
+        stored = stored_rows(tmp_path / "fasta", split)
+        assert stored == stored_rows(tmp_path / "parquet", split)
+        index = CorpusIndex.open(tmp_path / "fasta", split)
+        table = pq.read_table(tmp_path / "fasta" / split / "clusters.parquet").to_pylist()
+        for number, row in enumerate(table):
+            assert index.clusters.members(number).tolist() == row["rows"]
+            assert {owner[stored[member]["name"]] for member in row["rows"]} == {row["cluster"]}
+        assert sum(len(row["rows"]) for row in table) == len(stored)
+        assert index.manifest.splits[split].clusters.clusters == len(index.clusters) == len(table)
+        seen[split] = {row["cluster"] for row in table}
+    assert not seen["train"] & seen["valid"]
+    assert seen["train"] | seen["valid"] == set(owner.values())
+
+
+def test_sequences_of_no_cluster(clustered, tmp_path):
+    folder, owner = clustered
+    short = tmp_path / "short.tsv"
+    lines = (folder / "map.tsv").read_text().splitlines(keepends=True)
+    short.write_text("".join(lines[:40]))
+    settings = {"alphabet": "protein", "validation_fraction": 0}
+    inputs, output = [folder / "a.fa.gz", folder / "b.fa"], tmp_path / "out"
+    with pytest.raises(InputError, match=r"b\.fa, line \d+: record 'r40' is in no cluster of .*short\.tsv"):
+        prepare_corpus(inputs, output, clusters=ClusterSettings(short), **settings)
+    assert not output.exists()
+    manifest = prepare_corpus(inputs, output, clusters=ClusterSettings(short, unmapped="drop"), **settings)
+    assert manifest.splits["train"].records == 40
+    assert {row["name"] for row in stored_rows(output, "train")} == set(list(owner)[:40])
+
+
+def test_members_that_are_missing_or_repeated_leave_nothing_behind(clustered, tmp_path):
+    folder, _ = clustered
+    settings = {"alphabet": "protein", "validation_fraction": 0, "clusters": ClusterSettings(folder / "map.tsv")}
+    with pytest.raises(InputError, match=r"map\.tsv, line 36: member 'r35' of cluster 'c\d+' is not among .*25 of 60"):
+        prepare_corpus([folder / "a.fa.gz"], tmp_path / "out", **settings)
+    (tmp_path / "again.fa").write_text(">r7\nMKT\n")
+    inputs = [folder / "a.fa.gz", folder / "b.fa", tmp_path / "again.fa"]
+    match = r"a\.fa\.gz, line \d+, and .*again\.fa, line 1, hold records of one name \('r7'\)"
+    with pytest.raises(InputError, match=match):
+        prepare_corpus(inputs, tmp_path / "out", **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["again.fa"]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"alphabet": "dna", "clusters": ClusterSettings("x.tsv")}, "clusters are of proteins, but alphabet=dna"),
+        ({"clusters": ClusterSettings(cluster_column="c")}, "cluster_column=c needs name_column"),
+        ({"clusters": ClusterSettings(unmapped="drop")}, "unmapped apply to clusters: set clusters"),
+        (
+            {"name_column": "n", "clusters": ClusterSettings(cluster_column="c", member_column="m")},
+            "member_column is of a mapping",
+        ),
+    ],
+)
+def test_cluster_settings_that_contradict_each_other(tmp_path, change, match):
+    pq.write_table(pa.table({"sequence": ["MKT"], "c": ["a"], "n": ["b"]}), tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match=match):
+        prepare_corpus([tmp_path / "x.parquet"], tmp_path / "out", **({"alphabet": "protein"} | change))
 
 
 def test_no_validation_makes_no_split(tmp_path):

@@ -122,6 +122,29 @@ def test_crops_carry_special_tokens_only_at_true_ends(tmp_path):
     assert {0, 30} < seen
 
 
+def test_crops_keep_their_ends_when_asked(tmp_path):
+    index = make_corpus(tmp_path / "c", ["MKTAYIAKQRQISFVKSHFSRQLEERLG" * 3], alphabet="protein")
+    plan = SamplePlan(index, objective="masked", max_length=10, seed=0, keep_ends=True)
+    for sample in iterate_samples(plan, range(50)):
+        assert len(sample.input_ids) == plan.max_tokens == 12
+        assert (sample.input_ids[0], sample.input_ids[-1]) == (ProteinTokenizer.cls_id, ProteinTokenizer.eos_id)
+
+
+def test_random_replacements_follow_the_plan(tmp_path):
+    index = make_corpus(tmp_path / "c", ["MKTAYIAKQRQISFVKSHFSRQLEERLG" * 40], alphabet="protein")
+
+    def replaced(replacement):
+        plan = SamplePlan(
+            index, objective="masked", max_length=2000, seed=0, mask_probability=1.0, replacement=replacement
+        )
+        (sample,) = iterate_samples(plan, range(1))
+        inside = sample.input_ids[1:-1]
+        return set(inside[inside != ProteinTokenizer.mask_id].tolist())
+
+    assert replaced("standard") <= set(range(4, 24)) | {24}
+    assert replaced("vocabulary") & {0, 1, 2, 3, 27, 28, 29, 30, 31}
+
+
 def test_masks_depend_on_seed_and_index_only(tmp_path):
     index = make_corpus(tmp_path / "c", ["MKTAYIAKQRQISFVKSHFSRQ" * 3], alphabet="protein")
 
@@ -174,7 +197,7 @@ def test_verify_finds_a_changed_byte(tmp_path):
 
 
 def test_everything_but_the_source_works_without_ray():
-    modules = ("config", "index", "mask", "pack", "plan", "rows", "samples", "shards")
+    modules = ("commit", "config", "holdout", "index", "mask", "pack", "plan", "rows", "samples", "shards")
     imports = "; ".join(f"import cistron.data.{module}" for module in modules)
     code = f"{imports}; import sys; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.storage import LargestStorage
 from tests.tiny_models import tiny_esm2, tiny_evo2
 
 from cistron.errors import InputError, SequenceError, UnknownNameError
@@ -43,6 +44,33 @@ def test_every_pooling():
         np.testing.assert_allclose(results[0].vectors["blocks.1"], expected, atol=1e-5)
     last = embed_sequences(tiny_evo2(), DNA, pooling="last")[1].vectors[-1]
     np.testing.assert_allclose(last, states(tiny_evo2(), DNA[1], "final_norm")[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "none"])
+@pytest.mark.parametrize("token_budget", [5, 16])
+def test_pooling_by_chunks(pooling: Any, token_budget: int):
+    model, sequences, layers = tiny_evo2(), [DNA[2], "ACGT" * 10, "A"], [2, "blocks.3.mlp", "logits", -1]
+    whole = embed_sequences(model, sequences, layers=layers, pooling=pooling)
+    chunked = embed_sequences(model, sequences, layers=layers, pooling=pooling, token_budget=token_budget)
+    for a, b in zip(whole, chunked, strict=True):
+        assert a.num_tokens == b.num_tokens
+        for layer in layers:
+            assert a.vectors[layer].shape == b.vectors[layer].shape
+            np.testing.assert_allclose(a.vectors[layer], b.vectors[layer], atol=1e-5)
+
+
+def test_a_long_mean_is_pooled_as_it_comes():
+    sizes, model = [], tiny_evo2(layer_pattern="SDH", max_length=10_000)
+    for length in (300, 1200):
+        with LargestStorage() as largest:
+            embed_sequences(model, ["ACGT" * (length // 4)], layers=[1, "blocks.2.mlp"], token_budget=100)
+        sizes.append(largest.nbytes)
+    assert sizes[0] == sizes[1]
+
+
+def test_a_small_vector_does_not_hold_the_batch_in_memory():
+    vector = embed_sequences(tiny_evo2(), ["ACGT" * 20], pooling="last")[0].vectors[-1]
+    assert vector.base is None or vector.base.nbytes == vector.nbytes
 
 
 def test_layers_keep_the_spelling_of_the_request():

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from cistron.errors import CapabilityError, ConfigError, InputError, UnknownNameError
+from cistron.models.esm2 import contacts
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.convert import read_fair_esm
 from cistron.models.esm2.model import Esm2, rotary_frequencies
@@ -222,6 +223,25 @@ def test_published_parameter_counts(size):
     assert sum(buffer.numel() for buffer in model.esm.contact_head.buffers()) == layers * heads + 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("elements", [1, 2 * 62 * 62 * 2, 1 << 30])
+def test_contacts_equal_those_from_all_maps_at_once(elements, monkeypatch):
+    """One head at a time, groups of unequal size, and all together."""
+    monkeypatch.setattr(contacts, "_MAP_ELEMENTS_ON_CPU", elements)
+    model = random_model(seed=13)
+    ids = padded(proteins([60, 33], seed=14))
+    kept = ((ids != PAD) & (ids != EOS)).float()
+    maps = torch.stack(hugging_face_twin(model)(ids, (ids != PAD).long(), output_attentions=True).attentions, dim=1)
+    maps = (maps * kept[:, None, None, :, None] * kept[:, None, None, None, :]).flatten(1, 2)[..., 1:-1, 1:-1].double()
+    symmetric = maps + maps.mT
+    sums = symmetric.sum(-1, keepdim=True)
+    corrected = symmetric - sums * sums.mT / sums.sum(-2, keepdim=True)
+    head = model.esm.contact_head.regression
+    want = torch.sigmoid(torch.einsum("c,bcij->bij", head.weight[0].double(), corrected) + head.bias)
+    torch.testing.assert_close(model.predict_contacts(ids).double(), want, atol=1e-5, rtol=0)
+    assert want[0].std() > 1e-3
+
+
 def test_contacts_ignore_padding_and_order_of_the_batch():
     model = random_model(seed=11)
     rows = proteins([14, 6], seed=12)
@@ -300,7 +320,7 @@ def test_fsdp2_mixed_precision_keeps_fp32_frequencies():
         policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
         for block in model.blocks:
             fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
-            block.register_forward_pre_hook(lambda _, args: seen.append([args[0].dtype, args[1].inv_freq.dtype]))
+            block.register_forward_pre_hook(lambda _, args: seen.append([args[0].dtype, args[1].rotation[0].dtype]))
         fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)
         model(torch.tensor([[CLS, 5, EOS]])).logits.float().sum().backward()
     finally:

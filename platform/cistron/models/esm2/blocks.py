@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.layout import Layout
-from cistron_kernels.bias_gelu import bias_gelu
+from cistron.models.layers.linear import GeluLinear, Linear
 from cistron_kernels.layer_norm import layer_norm
-from cistron_kernels.rope import rope
+from cistron_kernels.rope import rotate
 from cistron_kernels.varlen_attention import varlen_attention
 
 
@@ -31,14 +31,6 @@ class LayerNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise [..., H]."""
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
-
-
-class GeluLinear(nn.Linear):
-    """A linear layer followed by GELU."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # the base class names it so
-        """Map [..., inputs] to [..., outputs]."""
-        return bias_gelu(functional.linear(input, self.weight), self.bias)
 
 
 class Dense(nn.Module):
@@ -61,36 +53,31 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_size = config.head_size
+        self.scale = config.head_size**-0.5
         width = config.hidden_size
-        self.query = nn.Linear(width, width, device=device, dtype=dtype)
-        self.key = nn.Linear(width, width, device=device, dtype=dtype)
-        self.value = nn.Linear(width, width, device=device, dtype=dtype)
+        self.query = Linear(width, width, device=device, dtype=dtype)
+        self.key = Linear(width, width, device=device, dtype=dtype)
+        self.value = Linear(width, width, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Attend: [B, L, H] or [T, H] to the same shape."""
-        q, k = self._query_key(x, layout)
+        q, k = self.query_key(x, layout)
         v = self._heads(self.value(x))
         if layout.cu_seqlens is not None:
-            out = varlen_attention(q, k, v, layout.cu_seqlens, causal=False, scale=1.0)
+            out = varlen_attention(q, k, v, layout.cu_seqlens, causal=False, scale=self.scale)
         else:
             q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=layout.key_mask, scale=1.0)
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=layout.key_mask, scale=self.scale)
             out = out.transpose(1, 2)
         return out.flatten(-2)
 
-    def maps(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Return the attention probabilities [B, A, L, L] of padded input, fp32."""
-        q, k = (tensor.transpose(1, 2).float() for tensor in self._query_key(x, layout))
-        scores = q @ k.transpose(-1, -2)
-        if layout.key_mask is not None:
-            scores = scores.masked_fill(~layout.key_mask, torch.finfo(scores.dtype).min)
-        return scores.softmax(dim=-1)
+    def query_key(self, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project to rotated queries and keys [..., A, D]; scores are their products times ``scale``.
 
-    def _query_key(self, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Project to queries, scaled as the published model does before rotating them, and keys: [..., A, D]."""
-        q = self._heads(self.query(x) * self.head_size**-0.5)
-        k = self._heads(self.key(x))
-        return rope(q, layout.positions, layout.inv_freq), rope(k, layout.positions, layout.inv_freq)
+        The published model scales queries before it rotates them. A rotation is linear, so that is the same.
+        """
+        q, k = self._heads(self.query(x)), self._heads(self.key(x))
+        return rotate(q, *layout.rotation), rotate(k, *layout.rotation)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:-1], -1, self.head_size)
@@ -105,7 +92,7 @@ class Attention(nn.Module):
         super().__init__()
         self.LayerNorm = LayerNorm(config, device=device, dtype=dtype)
         self.self = SelfAttention(config, device=device, dtype=dtype)
-        self.output = Dense(nn.Linear(config.hidden_size, config.hidden_size, device=device, dtype=dtype))
+        self.output = Dense(Linear(config.hidden_size, config.hidden_size, device=device, dtype=dtype))
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Add attention to the residual stream [..., H]."""
@@ -123,13 +110,13 @@ class Block(nn.Module):
         self.LayerNorm = LayerNorm(config, device=device, dtype=dtype)
         width, inner = config.hidden_size, config.intermediate_size
         self.intermediate = Dense(GeluLinear(width, inner, device=device, dtype=dtype))
-        self.output = Dense(nn.Linear(inner, width, device=device, dtype=dtype))
+        self.output = Dense(Linear(inner, width, device=device, dtype=dtype))
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Map the residual stream [B, L, H] or [T, H] to the next."""
         x = self.attention(x, layout)
         return x + self.output(self.intermediate(self.LayerNorm(x)))
 
-    def attention_maps(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Return this block's attention probabilities [B, A, L, L] for the residual stream that enters it, fp32."""
-        return self.attention.self.maps(self.attention.LayerNorm(x), layout)
+    def query_key(self, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return this block's rotated queries and keys [..., A, D] for the residual stream that enters it."""
+        return self.attention.self.query_key(self.attention.LayerNorm(x), layout)

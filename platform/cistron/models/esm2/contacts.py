@@ -1,16 +1,27 @@
-"""Contacts from attention maps, one layer at a time.
+"""Contacts from attention maps, without keeping the maps.
 
-The published head is a logistic regression over the symmetrised, background-corrected attention maps of all layers and
-heads. Correction works per map and the regression is linear, so each layer's share can be added up as soon as its maps
-exist: memory is that of one layer's maps, instead of those of all of them.
+The published head is a logistic regression over the attention maps of all layers and heads, each symmetrised and then
+corrected for background by subtracting r r' / sum(r), with r the sums of its rows (average product correction). Nearly
+all of that is linear. The regression's weighted sum of the maps can be taken before they are made symmetric and cut to
+residues, so a map is added up as soon as it exists; only r, one vector, is needed of each map by itself. Memory is that
+of a few maps, where all of them would be hundreds.
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 import torch
 from torch import nn
 
 from cistron.models.layers.buffers import Fp32Buffers
+
+_MAP_ELEMENTS_ON_CPU: Final = 1 << 20
+_MAP_ELEMENTS_ON_GPU: Final = 1 << 26
+"""Entries of maps that exist at once, if one map has no more: what stays in a cache, and what fills a GPU."""
+
+_TINY: Final = torch.finfo(torch.float32).tiny
+"""Divisor of the background of a map without residues."""
 
 
 class Regression(Fp32Buffers):
@@ -37,49 +48,54 @@ class ContactHead(nn.Module):
         """Whether the regression has weights other than zero."""
         return bool(self.regression.weight.any())
 
-    def share(self, layer: int, maps: torch.Tensor) -> torch.Tensor:
+    def share(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        residues: torch.Tensor,
+        *,
+        key_mask: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
         """Return one layer's addend to the logits.
 
         Args:
             layer: index of the block; channels are in layer-major order.
-            maps: [B, A, L', L'] attention between residues, zero at padding.
+            q: [B, A, L, D] queries.
+            k: [B, A, L, D] keys.
+            residues: [B, L] bool, false at <cls>, <eos> and padding.
+            key_mask: [B, 1, 1, L] bool, false at padding; None without padding.
+            scale: of the scores.
 
         Returns:
-            [B, L', L'] fp32.
+            [B, L, L] fp32, symmetric; zero outside of residues.
         """
         weights = self.regression.weight[0, layer * self.num_heads : (layer + 1) * self.num_heads]
-        return torch.einsum("a,baij->bij", weights, correct_background(maps + maps.transpose(-1, -2)))
+        kept = residues.float()[:, None, :, None]
+        total = torch.zeros(len(q), q.shape[2], q.shape[2], device=q.device)
+        for part in torch.split(torch.arange(self.num_heads, device=q.device), _heads_at_once(q)):
+            maps = _attention(q[:, part], k[:, part], key_mask, scale)
+            sums = ((maps @ kept + maps.mT @ kept) * kept)[..., 0]
+            shares = weights[part, None] * sums / sums.sum(dim=-1, keepdim=True).clamp_min(_TINY)
+            total += torch.einsum("a,baij->bij", weights[part], maps)
+            total -= torch.einsum("bai,baj->bij", shares, sums) / 2  # half, because the total is made symmetric
+        return (total + total.mT) * kept[:, 0] * kept[:, 0].mT
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Turn the sum of all shares into contact probabilities."""
         return torch.sigmoid(logits + self.regression.bias)
 
 
-def correct_background(maps: torch.Tensor) -> torch.Tensor:
-    """Subtract from each entry the product of its row and column sums over the total (average product correction).
-
-    Args:
-        maps: [..., L, L], symmetric and non-negative.
-    """
-    rows, columns = maps.sum(dim=-1, keepdim=True), maps.sum(dim=-2, keepdim=True)
-    total = maps.sum(dim=(-1, -2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
-    return maps - rows * columns / total
+def _heads_at_once(q: torch.Tensor) -> int:
+    """Return how many heads' maps to make together, for queries [B, A, L, D]."""
+    limit = _MAP_ELEMENTS_ON_CPU if q.device.type == "cpu" else _MAP_ELEMENTS_ON_GPU
+    return max(1, limit // (len(q) * q.shape[2] ** 2))
 
 
-def residue_maps(maps: torch.Tensor, input_ids: torch.Tensor, real: torch.Tensor, *, eos_id: int) -> torch.Tensor:
-    """Cut attention maps down to residues.
-
-    Rows and columns of padding and <eos> become zero, then the first (<cls>) and the last row and column go.
-
-    Args:
-        maps: [B, A, L, L].
-        input_ids: [B, L].
-        real: [B, L] bool.
-        eos_id: id of <eos>.
-
-    Returns:
-        [B, A, L - 2, L - 2].
-    """
-    kept = (real & (input_ids != eos_id)).to(maps.dtype)
-    maps = maps * kept[:, None, :, None] * kept[:, None, None, :]
-    return maps[..., 1:-1, 1:-1]
+def _attention(q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """Return attention probabilities [B, a, L, L], fp32."""
+    scores = (q.float() * scale) @ k.float().mT
+    if key_mask is not None:
+        scores.masked_fill_(~key_mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1)

@@ -19,6 +19,7 @@ import torch
 from cistron.errors import CheckpointError, CheckpointNotFoundError, ConfigError, InputError
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.matching import native_tensors, renamed
+from cistron.models.esm2.model import Esm2
 from cistron.models.esm2.names import (
     CONTACT_HEAD,
     EMBEDDING,
@@ -131,7 +132,8 @@ def write_fair_esm(config: Esm2Config, tensors: Iterable[tuple[str, torch.Tensor
 
 def write_hf(config: Esm2Config, tensors: Iterable[tuple[str, torch.Tensor]], destination: Path) -> None:
     """Write a folder that ``EsmForMaskedLM`` and ``AutoTokenizer`` load: weights, configuration, vocabulary."""
-    write_shards(destination, tensors, max_shard_bytes=MAX_SHARD_BYTES)
+    names = Esm2(config, device="meta").state_dict()
+    write_shards(destination, tensors, names=names, max_shard_bytes=MAX_SHARD_BYTES)
     (destination / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
     (destination / "vocab.txt").write_text("\n".join(ESM2_TOKENS))
     (destination / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n")

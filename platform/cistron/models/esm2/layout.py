@@ -10,40 +10,34 @@ import torch
 from torch.nn import functional
 
 from cistron.models.layers.inputs import check_rows, packed_offsets
+from cistron_kernels.rope import rotation
 
 
 class Layout:
     """Where the tokens stand and who may attend to whom.
 
     A plain class on purpose: FSDP2's mixed precision casts the floating-point tensors among a block's arguments, also
-    those inside dataclasses and containers, and the rotary frequencies must not be rounded to bf16.
+    those inside dataclasses and containers, and the rotary angles must not be rounded to bf16.
 
     Args:
-        positions: [L] or [T] int, position inside the sequence or document.
-        inv_freq: [D/2] fp32 rotary frequencies.
+        rotation: cosines and sines of the rotary angles of all positions, each [L, 1, D/2] or [T, 1, D/2] fp32.
         real: [B, L] bool, true at tokens that count, or None when all do.
         cu_seqlens: [N+1] int offsets of packed documents in host memory, or None for padded rows.
     """
 
-    __slots__ = ("cu_seqlens", "inv_freq", "positions", "real")
+    __slots__ = ("cu_seqlens", "key_mask", "real", "rotation")
 
     def __init__(
         self,
         *,
-        positions: torch.Tensor,
-        inv_freq: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
         real: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
     ) -> None:
-        self.positions = positions
-        self.inv_freq = inv_freq
+        self.rotation = rotation
         self.real = real
         self.cu_seqlens = cu_seqlens
-
-    @property
-    def key_mask(self) -> torch.Tensor | None:
-        """[B, 1, 1, L] bool for scaled dot-product attention: padding is never attended to."""
-        return None if self.real is None else self.real[:, None, None, :]
+        self.key_mask = None if real is None else _key_mask(real)
 
     def document_sums(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a [B, L] or [T] quantity over each sequence and hand the sum to each of its tokens.
@@ -69,7 +63,7 @@ def padded_layout(
     check_rows(input_ids, attention_mask)
     real = input_ids != pad_id if attention_mask is None else attention_mask.bool()
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return Layout(positions=positions, inv_freq=inv_freq, real=real)
+    return Layout(rotation=rotation(positions, inv_freq), real=real)
 
 
 def packed_layout(
@@ -85,4 +79,13 @@ def packed_layout(
         InputError: wrong shapes, offsets that do not run from 0 to T, or an attention mask beside them.
     """
     offsets, positions = packed_offsets(input_ids, attention_mask, cu_seqlens)
-    return Layout(positions=positions.to(input_ids.device, non_blocking=True), inv_freq=inv_freq, cu_seqlens=offsets)
+    positions = positions.to(input_ids.device, non_blocking=True)
+    return Layout(rotation=rotation(positions, inv_freq), cu_seqlens=offsets)
+
+
+def _key_mask(real: torch.Tensor) -> torch.Tensor | None:
+    """Return [B, 1, 1, L] bool for scaled dot-product attention: padding is never attended to.
+
+    In host memory, where looking costs no synchronisation, rows without padding get no mask: attention is faster then.
+    """
+    return None if real.device.type == "cpu" and bool(real.all()) else real[:, None, None, :]

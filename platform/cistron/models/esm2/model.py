@@ -17,13 +17,14 @@ from torch.nn import functional
 
 from cistron.errors import CapabilityError, InputError
 from cistron.models.base import Objective, SequenceModel
-from cistron.models.esm2.blocks import Block, GeluLinear, LayerNorm
+from cistron.models.esm2.blocks import Block, LayerNorm
 from cistron.models.esm2.config import Esm2Config
-from cistron.models.esm2.contacts import ContactHead, residue_maps
+from cistron.models.esm2.contacts import ContactHead
 from cistron.models.esm2.layout import Layout, packed_layout, padded_layout
 from cistron.models.layers.buffers import Fp32Buffers
-from cistron.models.naming import EMBEDDING, FINAL_NORM, block_name, canonical_layer
-from cistron.models.outputs import ModelOutput
+from cistron.models.layers.linear import GeluLinear
+from cistron.models.naming import EMBEDDING, FINAL_NORM, LOGITS, MIXER, block_name, canonical_layer, parsed_inner_name
+from cistron.models.outputs import ModelOutput, recorded
 from cistron.tokenizers import ProteinTokenizer
 
 _TRAINED_MASK_SHARE: Final = 0.15 * 0.8
@@ -155,18 +156,14 @@ class Esm2(SequenceModel):
         """
         names = [canonical_layer(layer, num_layers=self.config.num_layers) for layer in hidden_states]
         layout = self._layout(input_ids, attention_mask, cu_seqlens)
-        found = {}
-        x = self.esm.embeddings(input_ids, layout)
-        if EMBEDDING in names:
-            found[EMBEDDING] = x
-        for i, block in enumerate(self.blocks):
-            x = block(x, layout)
-            if (name := block_name(i)) in names:
-                found[name] = x
-        x = self.esm.encoder.emb_layer_norm_after(x)
-        if FINAL_NORM in names:
-            found[FINAL_NORM] = x
-        logits = self.lm_head(x, self.esm.embeddings.word_embeddings.weight)
+        with recorded(self._inner(names)) as found:
+            x = found[EMBEDDING] = self.esm.embeddings(input_ids, layout)
+            for i, block in enumerate(self.blocks):
+                x = block(x, layout)
+                if (name := block_name(i)) in names:
+                    found[name] = x
+            x = found[FINAL_NORM] = self.esm.encoder.emb_layer_norm_after(x)
+            logits = found[LOGITS] = self.lm_head(x, self.esm.embeddings.word_embeddings.weight)
         return ModelOutput(logits=logits, hidden_states={name: found[name] for name in names})
 
     @torch.no_grad()
@@ -194,14 +191,18 @@ class Esm2(SequenceModel):
         if input_ids.shape[1] < _SHORTEST_ROW:
             raise InputError(f"contacts need <cls>, a residue and <eos>; got {input_ids.shape[1]} tokens per row")
         assert layout.real is not None, "padded rows know which tokens are real"
-        head, eos_id = self.esm.contact_head, self.tokenizer.eos_id
+        residues = layout.real & (input_ids != self.tokenizer.eos_id)
+        residues[:, [0, -1]] = False
+        head = self.esm.contact_head
         logits = torch.zeros((), device=input_ids.device)
         x = self.esm.embeddings(input_ids, layout)
-        for i, block in enumerate(self.esm.encoder.layer):
-            maps = cast("Block", block).attention_maps(x, layout)
-            logits = logits + head.share(i, residue_maps(maps, input_ids, layout.real, eos_id=eos_id))
+        for i, layer in enumerate(self.blocks):
+            block = cast("Block", layer)
+            q, k = (part.transpose(1, 2) for part in block.query_key(x, layout))
+            scale = block.attention.self.scale
+            logits = logits + head.share(i, q, k, residues, key_mask=layout.key_mask, scale=scale)
             x = block(x, layout)
-        return head.probabilities(logits)
+        return head.probabilities(logits[:, 1:-1, 1:-1])
 
     def init_weights(self, *, seed: int) -> None:
         """Draw every matrix from N(0, initializer_range); biases 0, norms 1, no contact head.
@@ -231,6 +232,15 @@ class Esm2(SequenceModel):
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         block = 2 * (4 * hidden**2 + 2 * hidden * inner) + 4 * hidden * length
         return float(self.config.num_layers * block + 2 * hidden * (hidden + self.config.vocab_size))
+
+    def _inner(self, names: Sequence[str]) -> dict[str, nn.Module]:
+        """Return the modules whose outputs are the mixers' and MLPs' among the given canonical names."""
+        blocks = self.esm.encoder.layer
+        places = {name: place for name in names if (place := parsed_inner_name(name))}
+        return {
+            name: blocks[index].get_submodule("attention.output" if part == MIXER else "output")
+            for name, (index, part) in places.items()
+        }
 
     def _layout(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None

@@ -1,0 +1,119 @@
+"""Protein variants as people write them: ``A23T``, ``A23T:G45D``, ``p.Ala23Thr``, ``p.[Ala23Thr;Gly45Asp]``.
+
+Positions count from 1. Only replaced residues can be scored: a stop, an insertion, a deletion or a frame shift changes
+what follows, and says so when it is refused. A synonymous variant (``A23A``, ``p.Ala23=``, ``p.=``) is one without
+effect. ``X`` is the unknown residue; as the stop of older nomenclature it is not read.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cistron.alphabets import AMINO_ACIDS
+from cistron.errors import InputError
+
+THREE_LETTERS: Final = {
+    "Ala": "A",
+    "Cys": "C",
+    "Asp": "D",
+    "Glu": "E",
+    "Phe": "F",
+    "Gly": "G",
+    "His": "H",
+    "Ile": "I",
+    "Lys": "K",
+    "Leu": "L",
+    "Met": "M",
+    "Asn": "N",
+    "Pro": "P",
+    "Gln": "Q",
+    "Arg": "R",
+    "Ser": "S",
+    "Thr": "T",
+    "Val": "V",
+    "Trp": "W",
+    "Tyr": "Y",
+    "Xaa": "X",
+    "Asx": "B",
+    "Sec": "U",
+    "Glx": "Z",
+    "Pyl": "O",
+}
+"""Three-letter codes of the residues (IUPAC-IUB 1984) and their letters."""
+
+_RESIDUE: Final = rf"[{AMINO_ACIDS}]|{'|'.join(THREE_LETTERS)}"
+_SUBSTITUTION: Final = re.compile(rf"({_RESIDUE})(0|[1-9][0-9]{{0,8}})({_RESIDUE}|=)")
+_STOP: Final = re.compile(rf"(?:(?:{_RESIDUE})[0-9]+)(?:\*|Ter)|(?:\*|Ter)[0-9]+.*")
+_OTHER_CHANGE: Final = re.compile(r"fs|del|ins|dup|ext")
+
+
+@dataclass(frozen=True, slots=True)
+class Substitution:
+    """One replaced residue; `position` is 0-based."""
+
+    wild_type: str
+    position: int
+    mutant: str
+
+
+def parse_variant(variant: Any, wild_type: str, *, name: str) -> list[Substitution]:
+    """Read one variant and compare it with the wild type; a synonymous one has no substitutions.
+
+    Raises:
+        InputError: malformed, beyond the protein's ends, another residue in the wild type, one position twice, or a
+            change that is no substitution; begins with `name`.
+    """
+    if not isinstance(variant, str):
+        raise InputError(f"{name}: must be a string such as 'A23T' or 'A23T:G45D', got {variant!r}")
+    place = f"{name} ({variant!r})"
+    substitutions = [_substitution(word, wild_type, place) for word in _words(variant)]
+    if len({substitution.position for substitution in substitutions}) < len(substitutions):
+        raise InputError(f"{place}: replaces one position twice")
+    return [substitution for substitution in substitutions if substitution.mutant != substitution.wild_type]
+
+
+def mutated(wild_type: str, substitutions: list[Substitution]) -> str:
+    """Return the protein with the residues replaced."""
+    residues = list(wild_type)
+    for substitution in substitutions:
+        residues[substitution.position] = substitution.mutant
+    return "".join(residues)
+
+
+def _words(variant: str) -> list[str]:
+    """Return the single changes of a variant; none for ``p.=``, which says that the protein is unchanged."""
+    words = []
+    for part in variant.split(":"):
+        text = part.removeprefix("p.")
+        for opening, closing in ("[]", "()"):
+            if text.startswith(opening) and text.endswith(closing):
+                text = text[1:-1]
+        words += text.split(";")
+    return [] if words == ["="] else words
+
+
+def _substitution(word: str, wild_type: str, place: str) -> Substitution:
+    match = _SUBSTITUTION.fullmatch(word)
+    if match is None:
+        raise InputError(f"{place}: {_reason(word)}")
+    expected, number, mutant = match.groups()
+    expected = THREE_LETTERS.get(expected, expected)
+    position = int(number) - 1
+    if position < 0:
+        raise InputError(f"{place}: {word} is before the beginning; positions count from 1")
+    if position >= len(wild_type):
+        raise InputError(f"{place}: {word} is past the end, at {len(wild_type)} residues")
+    if (found := wild_type[position]) != expected:
+        raise InputError(f"{place}: the wild type has {found} at {number}, not {expected}")
+    return Substitution(expected, position, expected if mutant == "=" else THREE_LETTERS.get(mutant, mutant))
+
+
+def _reason(word: str) -> str:
+    """Return why a word is no substitution."""
+    if _STOP.fullmatch(word):
+        return f"{word} has a stop, for which ESM-2 has no token; only replaced residues can be scored"
+    if _OTHER_CHANGE.search(word):
+        return f"{word} is no substitution; only replaced residues can be scored"
+    return f"cannot read {word!r}; write it as 'A23T' or 'p.Ala23Thr'"
