@@ -1,8 +1,8 @@
 """Loss per scored token on the held-out part of a corpus, beside baselines on the very same positions.
 
-Evo 2: every base of every window that has a base before it; lower case counts like upper case here. ESM-2: only what
-stands behind a ``<mask>``, because copying a visible residue is no achievement; the masks depend on the seed and the
-sample alone.
+Evo 2: every base of every window that has a base before it; lower case counts like upper case here. ESM-2: what a
+:data:`MaskProtocol` says; the masks depend on the seed and the sample alone. The loss is the sum over all scored tokens
+divided by their number, not a mean of means, and perplexity is its exponential.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Final, Literal
 
 import torch
 
@@ -23,6 +24,20 @@ from cistron.evaluation.baselines import markov_entropy, order_zero_entropy, uni
 from cistron.io.storage import PathLike
 from cistron.models.base import Objective, SequenceModel
 from cistron_kernels.cross_entropy import cross_entropy
+
+MaskProtocol = Literal["hidden", "published"]
+"""Which targets of a masked model count.
+
+``hidden``: residues behind a ``<mask>`` only, because copying a visible residue is no achievement; random replacements
+are residues. ``published``: all that were selected, also the tenth that is left visible and the tenth that is replaced,
+the latter by any of the 33 tokens: what NVIDIA's published perplexities of ESM-2 were measured by, with seed 42.
+"""
+
+PROTOCOL_TEXTS: Final[dict[MaskProtocol, str]] = {
+    "hidden": "residues behind <mask> only",
+    "published": "all selected residues, visible and replaced ones included; replacements from all 33 tokens",
+}
+"""The protocols in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +69,7 @@ def evaluate_corpus(
     seed: int = 0,
     max_samples: int | None = None,
     token_budget: int = 16_384,
+    protocol: MaskProtocol = "hidden",
 ) -> CorpusLoss:
     """Score one epoch of a split, or its first `max_samples` samples.
 
@@ -65,30 +81,53 @@ def evaluate_corpus(
         seed: of order, crops and masks.
         max_samples: most documents to score; all if not given.
         token_budget: most tokens in one forward pass; a longer document runs alone.
+        protocol: which targets of a masked model count.
 
     Raises:
-        ConfigError: the corpus holds another alphabet than the model reads.
+        ConfigError: the corpus holds another alphabet than the model reads, or a model of DNA has no such `protocol`.
         InputError: the corpus cannot be read, or nothing in it is scored.
     """
-    plan = open_plan(corpus, split, objective=model.objective, max_length=max_length, seed=seed)
-    return score_samples(model, read_samples(plan, max_samples), token_budget=token_budget)
+    plan = open_plan(corpus, split, objective=model.objective, max_length=max_length, seed=seed, protocol=protocol)
+    return score_samples(model, read_samples(plan, max_samples, protocol=protocol), token_budget=token_budget)
 
 
-def open_plan(corpus: PathLike, split: str, *, objective: Objective, max_length: int, seed: int) -> SamplePlan:
+def open_plan(
+    corpus: PathLike,
+    split: str,
+    *,
+    objective: Objective,
+    max_length: int,
+    seed: int,
+    protocol: MaskProtocol = "hidden",
+) -> SamplePlan:
     """Return the fixed order, crops and masks of a split under which every target weighs the same.
 
     A DNA corpus whose rows are shorter than `max_length` is read row by row.
+
+    Raises:
+        ConfigError, InputError: as :func:`evaluate_corpus`.
     """
+    if protocol != "hidden" and objective != "masked":
+        raise ConfigError(f"protocol={protocol} is of masked models such as ESM-2; this one predicts the next token")
     index = CorpusIndex.open(corpus, split)
     row_length = index.manifest.row_length
     length = max_length if row_length is None else min(max_length, row_length)
-    return SamplePlan(index, objective=objective, max_length=length, seed=seed, lowercase_weight=1.0)
+    return SamplePlan(
+        index,
+        objective=objective,
+        max_length=length,
+        seed=seed,
+        lowercase_weight=1.0,
+        replacement="vocabulary" if protocol == "published" else "standard",
+    )
 
 
-def read_samples(plan: SamplePlan, max_samples: int | None) -> list[TrainingSample]:
-    """Return the first samples of a plan, at most one epoch of them."""
-    count = min(plan.samples_per_epoch, max_samples or plan.samples_per_epoch)
-    return list(held_out_samples(plan, range(count)))
+def read_samples(
+    plan: SamplePlan, max_samples: int | None, *, protocol: MaskProtocol = "hidden"
+) -> list[TrainingSample]:
+    """Return the first samples of a plan, at most one epoch of them, with the targets that count."""
+    read = held_out_samples if protocol == "hidden" else iterate_samples
+    return list(read(plan, range(min(plan.samples_per_epoch, max_samples or plan.samples_per_epoch))))
 
 
 @torch.inference_mode()

@@ -29,10 +29,13 @@ def length_limit(model: SequenceModel) -> int | None:
     return config_of(model).max_length if model.family == "evo2" else None
 
 
-def checked_sequences(model: SequenceModel, sequences: Iterable[str], *, what: str = "sequence") -> list[str]:
+def checked_sequences(
+    model: SequenceModel, sequences: Iterable[str], *, what: str = "sequence", limited: bool = True, whole: bool = True
+) -> list[str]:
     """Return the sequences as the model reads them; errors name the place in the request.
 
-    An ESM-2 sequence longer than any in training is read, with a warning.
+    An ESM-2 sequence longer than any in training is read, with a warning if it is read `whole`, that is, in one piece;
+    a longer one for Evo 2 if not `limited`.
 
     Raises:
         InputError: `sequences` is one string, is empty, or holds something that is not a string.
@@ -40,7 +43,7 @@ def checked_sequences(model: SequenceModel, sequences: Iterable[str], *, what: s
     """
     if isinstance(sequences, str):
         raise InputError(f"{what}s: give a list of strings, not one string")
-    checked, limit = [], length_limit(model)
+    checked, limit = [], length_limit(model) if limited else None
     for index, sequence in enumerate(sequences):
         name = f"{what} {index}"
         if not isinstance(sequence, str):
@@ -49,7 +52,7 @@ def checked_sequences(model: SequenceModel, sequences: Iterable[str], *, what: s
     if not checked:
         raise InputError(f"{what}s: the request is empty")
     longest, trained = max(map(len, checked)), config_of(model).max_length
-    if longest > trained:
+    if limited and whole and longest > trained:
         logger.warning("%s reads a sequence of %d residues, but was trained on %d", model.family, longest, trained)
     return checked
 
@@ -88,3 +91,9 @@ def padded(
         target[: len(row)] = torch.from_numpy(row)
     mask = torch.arange(width)[None, :] < lengths[:, None]
     return ids.to(device), mask.to(device)
+
+
+def packed(rows: Sequence[NDArray[np.int64]], *, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows' ids end to end, [T], and their N + 1 offsets from 0 to T, int32 in host memory."""
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    return torch.from_numpy(np.concatenate(rows)).to(device), torch.from_numpy(offsets)

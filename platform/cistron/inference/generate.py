@@ -1,27 +1,30 @@
 """Continue DNA prompts with Evo 2, token by token, from its constant-size state.
 
 Prompts of any lengths share a batch: each row's state is that after its own last nucleotide, and each prompt draws
-from its own random stream, so a continuation does not depend on its neighbours. Long prompts enter in chunks, which
-bounds the memory of the prefill.
+from its own random stream, so a continuation does not depend on its neighbours. A row that has ended leaves the batch.
+Long prompts enter in chunks, which bounds the memory of reading them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cistron.errors import CapabilityError, InputError, SequenceError
-from cistron.inference.batching import checked_sequences, padded
-from cistron.inference.sampling import Sampling, generators, letter_ids, sample
+from cistron.inference.batching import checked_sequences
+from cistron.inference.prefill import Prompt, prefill
+from cistron.inference.sampling import Sampling, UniformStream, generators, letter_ids, sample
 from cistron.models.base import SequenceModel
-from cistron.models.evo2.cache import Cache
 from cistron.models.evo2.model import Evo2
+from cistron.models.layers.packed import packed_weights
 from cistron.tokenizers import ByteTokenizer
+
+logger = logging.getLogger(__name__)
 
 FinishReason: TypeAlias = Literal["length", "stop"]
 OnToken: TypeAlias = Callable[[int, int, float], None]
@@ -30,6 +33,9 @@ OnToken: TypeAlias = Callable[[int, int, float], None]
 PREFILL_CHUNK: Final = 8192
 _MAX_ROWS: Final = 32
 """Prompts generated together; more wait, so that a long list does not need memory for all its states at once."""
+
+_WORTH_PACKING: Final = 16
+"""Steps that repay reordering the weights, which costs about three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,7 @@ def generate(
     stop: str | Iterable[str | int] = (),
     on_token: OnToken | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    extend_context: bool = False,
 ) -> list[Generation]:
     """Continue each prompt by `num_tokens` tokens; results come in the order of the prompts.
 
@@ -73,33 +80,39 @@ def generate(
         num_tokens: tokens per prompt; fewer when a stop string comes first.
         temperature: divides the logits; above 0.
         top_k: choose among the k most likely tokens; 1 is greedy, 0 means all.
-        top_p: choose among the most likely tokens that together reach this probability; 1 means all.
+        top_p: choose among the most likely tokens that together reach this probability, after temperature and top_k; 1
+            means all.
         seed: one seed, with which a prompt's continuation does not depend on the other prompts (repeats of a prompt
             differ); or one seed per prompt; or None for other results each time.
         allowed: the letters that may be generated; None allows all 512 tokens.
         stop: strings, or token ids, that end a continuation. Ids 0 and 1 end it only when they are among them.
-        on_token: called for every token as it is made.
-        prefill_chunk: nucleotides of a prompt that enter the model at once.
+        on_token: called for every token as it is made; what it raises ends the generation.
+        prefill_chunk: most nucleotides of prompts, all rows together, that enter the model at once; it bounds memory
+            and changes nothing else.
+        extend_context: let a prompt and its continuation be longer than the model was trained for. Nothing is dropped,
+            but how good predictions are beyond that length is unknown.
 
     Raises:
         InputError: the request is empty, the model does not generate, or a setting is out of range.
-        SequenceError: a prompt the model cannot read, or that leaves no room for `num_tokens`.
+        SequenceError: a prompt the model cannot read, or that leaves no room for `num_tokens` unless `extend_context`.
+        CapabilityError: the model returned NaN.
     """
     if not isinstance(model, Evo2):
         raise InputError(f"{model.family} does not generate: it is trained to fill masks; use an Evo 2 model")
     sampling = Sampling(temperature, top_k, top_p, letter_ids(allowed)).validated(vocab_size=model.tokenizer.vocab_size)
     _check_counts(num_tokens, prefill_chunk)
-    checked = checked_sequences(model, prompts, what="prompt")
-    _check_room(checked, num_tokens, model.config.max_length)
+    checked = checked_sequences(model, prompts, what="prompt", limited=not extend_context)
+    _check_room(checked, num_tokens, model.config.max_length, extend_context=extend_context)
     stops, stop_ids = _stops(stop, vocab_size=model.tokenizer.vocab_size)
     drafts = [
-        _Draft(index, model.tokenizer.encode(prompt), stream, stops, stop_ids)
-        for index, (prompt, stream) in enumerate(zip(checked, generators(checked, seed), strict=True))
+        _Draft(index, model.tokenizer.encode(prompt), UniformStream(generator), stops, stop_ids)
+        for index, (prompt, generator) in enumerate(zip(checked, generators(checked, seed), strict=True))
     ]
-    for batch in _batches(drafts):
-        for draft in _decoded(model, batch, num_tokens, sampling, prefill_chunk):
-            if on_token is not None:
-                on_token(draft.index, draft.token_ids[-1], draft.logprobs[-1])
+    with packed_weights(model) if num_tokens >= _WORTH_PACKING else nullcontext():
+        for batch in _batches(drafts):
+            for draft in _decoded(model, batch, num_tokens, sampling, prefill_chunk):
+                if on_token is not None:
+                    on_token(draft.index, draft.token_ids[-1], draft.logprobs[-1])
     return [draft.finished() for draft in drafts]
 
 
@@ -108,8 +121,8 @@ class _Draft:
     """A continuation in the making."""
 
     index: int
-    prompt: NDArray[np.int64]
-    stream: torch.Generator
+    prompt: Prompt
+    stream: UniformStream
     stops: tuple[str, ...]
     stop_ids: frozenset[int]
     token_ids: list[int] = field(default_factory=list)
@@ -138,40 +151,28 @@ def _decoded(
     """Extend the drafts of one batch; yield each draft each time it has grown by a token."""
     if num_tokens == 0:
         return
-    cache = model.new_cache(len(drafts))
-    logits = _prefill(model, [draft.prompt for draft in drafts], cache, prefill_chunk)
+    cache, logits = prefill(model, [draft.prompt for draft in drafts], chunk=prefill_chunk, room=num_tokens)
     for step in range(num_tokens):
-        uniforms = torch.stack([torch.rand((), generator=d.stream, dtype=torch.float64) for d in drafts])
-        tokens = sample(logits, uniforms, sampling)
-        logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
-        for draft, token, logprob in zip(drafts, tokens.tolist(), logprobs.tolist(), strict=True):
-            if not draft.stopped:
-                draft.append(token, logprob)
-                yield draft
-        if step + 1 == num_tokens or all(draft.stopped for draft in drafts):
+        tokens, logprobs = _chosen(logits, drafts, sampling)
+        for draft, token, logprob in zip(drafts, tokens.tolist(), logprobs, strict=True):
+            draft.append(token, logprob)
+            yield draft
+        going = [row for row, draft in enumerate(drafts) if not draft.stopped]
+        if step + 1 == num_tokens or not going:
             return
-        logits = _on_cpu(model(tokens[:, None].to(model.device), cache=cache).logits[:, -1])
+        if len(going) < len(drafts):
+            cache, tokens, drafts = cache.select(going), tokens[going], [drafts[row] for row in going]
+        logits = model(tokens[:, None].to(model.device), cache=cache).logits[:, -1]
 
 
-def _prefill(model: Evo2, prompts: Sequence[NDArray[np.int64]], cache: Cache, chunk: int) -> torch.Tensor:
-    """Run the prompts through `cache` and return the logits after each one's last token, fp32 [B, V] on the CPU."""
-    ids, mask = padded(prompts, pad_id=model.tokenizer.pad_id, device=model.device)
-    last = mask.sum(dim=1) - 1
-    found: dict[int, torch.Tensor] = {}
-    for start in range(0, ids.shape[1], chunk):
-        part = slice(start, start + chunk)
-        logits = model(ids[:, part], attention_mask=mask[:, part], cache=cache).logits
-        for row, position in enumerate((last - start).tolist()):
-            if 0 <= position < logits.shape[1]:
-                found[row] = logits[row, position]
-    return _on_cpu(torch.stack([found[row] for row in range(len(prompts))]))
-
-
-def _on_cpu(logits: torch.Tensor) -> torch.Tensor:
+def _chosen(logits: torch.Tensor, drafts: Sequence[_Draft], sampling: Sampling) -> tuple[torch.Tensor, list[float]]:
+    """Return each row's next token, int64 [B] on the CPU, and its log-probability among all tokens."""
     logits = logits.float().cpu()
     if logits.isnan().any():
         raise CapabilityError("the model returned NaN: this precision does not suit its weights; try precision=fp32")
-    return logits
+    uniforms = torch.tensor([draft.stream.next() for draft in drafts], dtype=torch.float64)
+    tokens = sample(logits, uniforms, sampling)
+    return tokens, logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0].tolist()
 
 
 def _batches(drafts: Sequence[_Draft]) -> Iterator[list[_Draft]]:
@@ -188,13 +189,18 @@ def _check_counts(num_tokens: int, prefill_chunk: int) -> None:
         raise InputError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
 
 
-def _check_room(prompts: Sequence[str], num_tokens: int, max_length: int) -> None:
+def _check_room(prompts: Sequence[str], num_tokens: int, max_length: int, *, extend_context: bool) -> None:
+    """Refuse, or with `extend_context` mention, prompts that leave no room for `num_tokens`."""
     for index, prompt in enumerate(prompts):
-        if len(prompt) + num_tokens > max_length:
-            raise SequenceError(
-                f"prompt {index}: {len(prompt):,} nt and {num_tokens:,} new tokens exceed the model's limit of "
-                f"{max_length:,}"
-            )
+        if len(prompt) + num_tokens <= max_length:
+            continue
+        excess = (
+            f"prompt {index}: {len(prompt):,} nt and {num_tokens:,} new tokens exceed the model's limit of "
+            f"{max_length:,}"
+        )
+        if not extend_context:
+            raise SequenceError(f"{excess}; extend_context=True generates beyond it")
+        logger.warning("%s, as extend_context allows", excess)
 
 
 def _stops(stop: str | Iterable[str | int], *, vocab_size: int) -> tuple[tuple[str, ...], frozenset[int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from cistron.errors import InputError
 
 _SEED_BITS = 63
+_BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,10 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> 
     Returns:
         int64 [B].
     """
-    ranked, order = _allowed(logits.double(), sampling.allowed_ids).sort(dim=-1, descending=True, stable=True)
+    ids = None if sampling.allowed_ids is None else torch.tensor(sampling.allowed_ids)
+    candidates = logits.double() if ids is None else logits[:, ids].double()
+    ranked, order = candidates.sort(dim=-1, descending=True, stable=True)
+    order = order if ids is None else ids[order]
     if sampling.top_k == 1:
         return order[:, 0]
     if sampling.top_k:
@@ -89,6 +93,22 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> 
     return order.gather(1, torch.minimum(drawn, last))[:, 0]
 
 
+class UniformStream:
+    """Random numbers of one prompt, drawn ahead in blocks of a fixed size: a call per token would cost more."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._drawn: Iterator[float] = iter(())
+
+    def next(self) -> float:
+        """Return the next number in [0, 1)."""
+        value = next(self._drawn, None)
+        if value is None:
+            self._drawn = iter(torch.rand(_BLOCK, generator=self._generator, dtype=torch.float64).tolist())
+            value = next(self._drawn)
+        return value
+
+
 def generators(prompts: Sequence[str], seed: int | Sequence[int] | None) -> list[torch.Generator]:
     """Return one random stream per prompt.
 
@@ -99,11 +119,7 @@ def generators(prompts: Sequence[str], seed: int | Sequence[int] | None) -> list
         InputError: a list of seeds of another length than the prompts, or a negative seed.
     """
     if isinstance(seed, int):
-        seen: Counter[str] = Counter()
-        seeds = []
-        for prompt in prompts:
-            seeds.append(seed + seen[prompt])
-            seen[prompt] += 1
+        seeds = list(prompt_seeds(prompts, seed))
     else:
         seeds = [secrets.randbits(_SEED_BITS) for _ in prompts] if seed is None else list(seed)
     if len(seeds) != len(prompts):
@@ -114,11 +130,10 @@ def generators(prompts: Sequence[str], seed: int | Sequence[int] | None) -> list
     return [torch.Generator().manual_seed(value) for value in seeds]
 
 
-def _allowed(logits: torch.Tensor, allowed_ids: tuple[int, ...] | None) -> torch.Tensor:
-    """Return `logits` with all but the allowed ids at minus infinity."""
-    if allowed_ids is None:
-        return logits
-    columns = torch.tensor(allowed_ids)
-    masked = torch.full_like(logits, -math.inf)
-    masked[:, columns] = logits[:, columns]
-    return masked
+def prompt_seeds(prompts: Iterable[str], seed: int) -> Iterator[int]:
+    """Yield each prompt's own seed: `seed` at its first occurrence, one more at each further one."""
+    seen: Counter[int] = Counter()
+    for prompt in prompts:
+        key = hash(prompt)  # A file of prompts is not kept in memory.
+        yield seed + seen[key]
+        seen[key] += 1

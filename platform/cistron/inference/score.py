@@ -1,8 +1,12 @@
 """How likely the model finds a sequence.
 
 Evo 2 reads left to right, so a sequence's score is the log-likelihood of each nucleotide given those before it. ESM-2
-sees both sides, so the score is the pseudo-log-likelihood: each residue's log-probability with that residue masked,
-one forward pass per residue. Log-probabilities are natural, over the whole vocabulary, taken in fp32, summed in fp64.
+sees both sides, so the score is the pseudo-log-likelihood: each residue's log-probability with that residue masked, one
+forward pass per residue (:mod:`cistron.inference.masked`). Log-probabilities are natural, over the whole vocabulary,
+taken in fp32, summed in fp64.
+
+A DNA sequence above the token budget enters the model in chunks of that size, so its logits never exist as a whole and
+memory grows only by the keys and values of attention layers.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cistron.alphabets import MASK, TAG_DELIMITER
+from cistron.alphabets import TAG_DELIMITER
 from cistron.alphabets import reverse_complement as reverse_complemented
 from cistron.errors import InputError, SequenceError
 from cistron.inference.batching import (
@@ -25,14 +29,17 @@ from cistron.inference.batching import (
     length_sorted_batches,
     padded,
 )
+from cistron.inference.chunked import forward_chunks
+from cistron.inference.masked import masked_log_probs
+from cistron.inference.protein_windows import check_window
 from cistron.models.base import SequenceModel
-from cistron.tokenizers import ByteTokenizer, ProteinTokenizer
+from cistron.tokenizers import ByteTokenizer
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 LogProbs: TypeAlias = NDArray[np.float32]
 
 _ROWS_PER_SOFTMAX = 4096
-"""Positions whose log-probabilities are taken at once: bounds the fp32 copy of the logits of a long sequence."""
+"""Positions whose log-probabilities are taken at once: bounds the fp32 copy of a chunk's logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,7 @@ def score_sequences(
     reverse_complement: bool = False,
     prepend_bos: bool = False,
     vortex_compat: bool = False,
+    window: int | None = None,
     token_budget: int = TOKEN_BUDGET,
 ) -> list[SequenceScore]:
     """Score sequences; results come in the order of the request and do not depend on what shared a batch.
@@ -72,7 +80,8 @@ def score_sequences(
         prepend_bos: DNA only; begin with id 0, so that the first nucleotide is scored too. Without it a sequence of L
             nucleotides has L - 1 scored tokens.
         vortex_compat: DNA only; take log-probabilities of logits rounded to bf16, in bf16, as the published losses do.
-        token_budget: most tokens of one forward pass, padding included.
+        window: protein only; residues around a masked one that the model sees, its trained length (1,022) unless given.
+        token_budget: most tokens of one forward pass, padding included; a longer DNA sequence takes several.
 
     Raises:
         InputError: the request is empty or an option does not apply.
@@ -80,6 +89,7 @@ def score_sequences(
     """
     if reduction not in get_args(Reduction):
         raise InputError(f"reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}")
+    check_window(model, window)
     check_token_budget(token_budget)
     if model.family == "evo2":
         checked = checked_sequences(model, sequences)
@@ -94,8 +104,9 @@ def score_sequences(
     options = {"reverse_complement": reverse_complement, "prepend_bos": prepend_bos, "vortex_compat": vortex_compat}
     for option in (name for name, is_set in options.items() if is_set):
         raise InputError(f"{option} applies to DNA models, and this is {model.family}")
-    checked = checked_sequences(model, sequences)
-    return [_reduced([values], reduction) for values in masked_log_probs(model, checked, token_budget=token_budget)]
+    checked = checked_sequences(model, sequences, whole=False)
+    found = masked_log_probs(model, checked, window=window, token_budget=token_budget)
+    return [_reduced([values], reduction) for values in found]
 
 
 def sequence_log_probs(
@@ -112,39 +123,13 @@ def sequence_log_probs(
     results: dict[int, LogProbs] = {}
     for batch in length_sorted_batches([len(row) for row in rows], token_budget=token_budget):
         ids, mask = padded([rows[i] for i in batch], pad_id=model.tokenizer.pad_id, device=model.device)
-        logits = model(ids, attention_mask=mask).logits
-        values = _target_log_probs(logits[:, :-1], ids[:, 1:], vortex_compat=vortex_compat).cpu().numpy()
+        values = np.empty((len(batch), ids.shape[1] - 1), dtype=np.float32)
+        for start, output in forward_chunks(model, ids, mask, chunk=token_budget):
+            targets = ids[:, start + 1 : start + 1 + output.logits.shape[1]]
+            found = _target_log_probs(output.logits[:, : targets.shape[1]], targets, vortex_compat=vortex_compat)
+            values[:, start : start + targets.shape[1]] = found.cpu().numpy()
         results.update({index: values[row, : len(rows[index]) - 1] for row, index in enumerate(batch)})
     return [results[index] for index in range(len(rows))]
-
-
-def masked_log_probs(
-    model: SequenceModel, sequences: Sequence[str], *, token_budget: int = TOKEN_BUDGET
-) -> list[LogProbs]:
-    """Return each residue's log-probability with that residue masked, float32 [L] per validated sequence.
-
-    Raises:
-        SequenceError: a sequence holds ``<mask>``, which has no residue to score.
-    """
-    for index, sequence in enumerate(sequences):
-        if MASK in sequence:
-            place = sequence.index(MASK) + 1
-            raise SequenceError(f"sequence {index}: {MASK} at position {place} has no residue to score")
-    encoded = [model.tokenizer.encode(sequence) for sequence in sequences]
-    results = [np.zeros(len(ids) - 2, dtype=np.float32) for ids in encoded]
-    places = [(index, token) for index, ids in enumerate(encoded) for token in range(1, len(ids) - 1)]
-    for batch in length_sorted_batches([len(encoded[index]) for index, _ in places], token_budget=token_budget):
-        chosen = [places[i] for i in batch]
-        rows = [encoded[index] for index, _ in chosen]
-        ids, mask = padded(rows, pad_id=model.tokenizer.pad_id, device=model.device)
-        at = (list(range(len(chosen))), [token for _, token in chosen])
-        residues = ids[at].clone()
-        ids[at] = ProteinTokenizer.mask_id
-        log_probs = model(ids, attention_mask=mask).logits[at].float().log_softmax(dim=-1)
-        values = log_probs.gather(-1, residues[:, None])[:, 0].cpu().numpy()
-        for (index, token), value in zip(chosen, values, strict=True):
-            results[index][token - 1] = value
-    return results
 
 
 def _strands(sequences: Sequence[str], reduction: Reduction) -> list[Sequence[str]]:

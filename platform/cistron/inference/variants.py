@@ -1,7 +1,8 @@
 """Effect of a variant: how much less (or more) likely the sequence becomes.
 
 DNA: the log-likelihood of a window with the alternative allele minus that with the reference allele, both with the same
-flanks. Protein: see :mod:`cistron.inference.substitutions`. Negative means that the model finds the variant worse.
+flanks; what the alleles of a place have before them in common is read once. Protein: see
+:mod:`cistron.inference.substitutions`. Negative means that the model finds the variant worse.
 """
 
 from __future__ import annotations
@@ -14,22 +15,26 @@ from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from cistron.alphabets import NUCLEOTIDES
 from cistron.alphabets import reverse_complement as reverse_complemented
 from cistron.errors import InputError
 from cistron.inference.batching import TOKEN_BUDGET, check_token_budget
-from cistron.inference.score import sequence_log_probs
+from cistron.inference.prefix import shared_prefix_sums
 from cistron.inference.substitutions import ProteinStrategy, score_substitutions
-from cistron.io.fasta import read_fasta
+from cistron.inference.windows import Problem, Variant, Window, find_window, variant_windows
+from cistron.io.reference import ReferenceGenome, open_reference
 from cistron.models.base import SequenceModel
+from cistron.models.evo2.model import Evo2
 from cistron.models.families import config_of
+
+__all__ = ["Variant", "VariantLike", "WindowScores", "score_variants", "score_windows", "variant_windows"]
 
 Strategy: TypeAlias = Literal["delta"] | ProteinStrategy
 
 DNA_WINDOW: Final = 8192
-PROTEIN_WINDOW: Final = 1022
-"""Default context in nucleotides and residues: what the base models were trained on."""
+"""Default context in nucleotides: what the base models were trained on."""
 
 
 @runtime_checkable
@@ -41,19 +46,6 @@ class VariantLike(Protocol):
     """1-based position of the first letter of `ref`."""
     ref: str
     alt: str
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """A small variant; `pos` is 1-based, alleles are plain letters."""
-
-    chrom: str
-    pos: int
-    ref: str
-    alt: str
-
-    def __str__(self) -> str:
-        return f"{self.chrom}:{self.pos}{self.ref}>{self.alt}"
 
 
 AnyVariant: TypeAlias = VariantLike | tuple[str, int, str, str] | str
@@ -76,11 +68,12 @@ def score_variants(
     Args:
         model: Evo 2 or ESM-2.
         variants: for DNA, objects or tuples of (chrom, pos 1-based, ref, alt); for protein, strings such as ``A23T``,
-            several joined by ``:``.
+            several joined by ``:``, or HGVS (:mod:`cistron.inference.protein_variants`).
         reference: for DNA, a FASTA file or a mapping of names to sequences, whose case is ignored: soft-masking must
-            not look like a mutation; for protein, the wild-type sequence.
+            not look like a mutation; names of contigs and reading by region are those of
+            :mod:`cistron.io.reference`. For protein, the wild-type sequence.
         window: letters of context around the variant; if not given, 8192 nucleotides (or the model's
-            limit, if that is lower) or 1022 residues.
+            limit, if that is lower) or the residues that ESM-2 saw in training, 1022.
         strategy: DNA has only ``delta``; protein has ``masked-marginal`` (the default), ``wt-marginal`` and
             ``pseudo-ppl``.
         reverse_complement: DNA only; average the effect over both strands.
@@ -103,45 +96,71 @@ def score_variants(
     if model.family == "esm2":
         if reverse_complement:
             raise InputError(f"reverse_complement applies to DNA models, and this is {model.family}")
-        size = PROTEIN_WINDOW if window is None else window
         chosen = "masked-marginal" if strategy is None else strategy
-        return score_substitutions(model, requested, reference, window=size, strategy=chosen, token_budget=token_budget)
+        return score_substitutions(
+            model, requested, reference, window=window, strategy=chosen, token_budget=token_budget
+        )
     if strategy not in (None, "delta"):
         raise InputError(f"strategy {strategy!r} is for proteins; DNA has 'delta'")
-    limit = config_of(model).max_length
-    size = min(DNA_WINDOW, limit) if window is None else _checked_window(window, limit)
+    size = checked_window(model, window)
     parsed = [_parsed(index, variant) for index, variant in enumerate(requested)]
-    windows = _windows(parsed, reference, size)
-    return _delta_table(model, parsed, windows, reverse_complement=reverse_complement, token_budget=token_budget)
+    genome = open_reference(reference)
+    windows = [_window(variant, genome, size) for variant in parsed]
+    scores = score_windows(model, windows, reverse_complement=reverse_complement, token_budget=token_budget)
+    return _delta_table(parsed, scores)
 
 
-def variant_windows(variant: Variant, contig: str, *, window: int) -> tuple[str, str]:
-    """Return the sequences around a variant with its reference and its alternative allele, in upper case.
+@dataclass(frozen=True, slots=True)
+class WindowScores:
+    """Summed log-likelihoods of the windows of a request, in its order.
 
-    The window is centred on `pos` and cut at the contig's ends. Both sequences have the same flanks, and the longer one
-    has at most `window` letters.
+    Attributes:
+        reference: [N] float64, with the reference allele.
+        alternative: [N] float64, with the alternative allele.
+        num_references: distinct reference windows; each was scored once.
+    """
+
+    reference: NDArray[np.float64]
+    alternative: NDArray[np.float64]
+    num_references: int
+
+
+def score_windows(
+    model: SequenceModel,
+    windows: Sequence[Window],
+    *,
+    reverse_complement: bool = False,
+    token_budget: int = TOKEN_BUDGET,
+) -> WindowScores:
+    """Score the two sequences of each window; what sequences begin with alike is read once.
+
+    Args:
+        model: Evo 2.
+        windows: at least one.
+        reverse_complement: average both strands. The other strand's common beginning is the flank behind the variant.
+        token_budget: most tokens of one forward pass, padding included.
+    """
+    if not isinstance(model, Evo2):
+        raise InputError(f"windows of DNA are scored with Evo 2, and this is {model.family}")
+    forward = [sequence for window in windows for sequence in (window.reference, window.alternative)]
+    backward = [reverse_complemented(sequence) for sequence in forward] if reverse_complement else forward
+    distinct = list(dict.fromkeys(forward + backward))
+    sums = dict(zip(distinct, shared_prefix_sums(model, distinct, token_budget=token_budget).tolist(), strict=True))
+    means = np.array([(sums[one] + sums[other]) / 2 for one, other in zip(forward, backward, strict=True)])
+    return WindowScores(means[::2], means[1::2], len({window.reference for window in windows}))
+
+
+def checked_window(model: SequenceModel, window: int | None) -> int:
+    """Return the nucleotides of context; 8192, or the model's limit if that is lower, if none are given.
 
     Raises:
-        InputError: the position is outside the contig, `ref` is not there, or the allele does not fit the window.
+        InputError: fewer than two, or more than the model reads.
     """
-    start = variant.pos - 1
-    stop = start + len(variant.ref)
-    if start < 0 or stop > len(contig):
-        raise InputError(f"{variant}: outside {variant.chrom}, which has {len(contig):,} letters")
-    found = contig[start:stop].upper()
-    if found != variant.ref.upper():
-        raise InputError(f"{variant}: the reference has {found!r} there, not {variant.ref!r}")
-    left = max(0, start - window // 2)
-    right = min(len(contig), start + window - window // 2 - max(0, len(variant.alt) - len(variant.ref)))
-    if right < stop:
-        raise InputError(f"{variant}: alleles do not fit a window of {window:,}")
-    before, after = contig[left:start].upper(), contig[stop:right].upper()
-    return before + variant.ref.upper() + after, before + variant.alt.upper() + after
-
-
-def _checked_window(window: int, max_length: int) -> int:
-    if not 2 <= window <= max_length:
-        raise InputError(f"window must be from 2 to the model's limit of {max_length:,}, got {window}")
+    limit = config_of(model).max_length
+    if window is None:
+        return min(DNA_WINDOW, limit)
+    if not 2 <= window <= limit:
+        raise InputError(f"window must be from 2 to the model's limit of {limit:,}, got {window}")
     return window
 
 
@@ -161,51 +180,22 @@ def _parsed(index: int, variant: AnyVariant) -> Variant:
     return parsed
 
 
-def _windows(variants: Sequence[Variant], reference: Reference, size: int) -> list[tuple[str, str]]:
-    contigs = _contigs(reference, {variant.chrom for variant in variants})
-    return [variant_windows(variant, contigs[variant.chrom], window=size) for variant in variants]
+def _window(variant: Variant, genome: ReferenceGenome, size: int) -> Window:
+    found = find_window(variant, genome, window=size)
+    if isinstance(found, Problem):
+        raise InputError(found.message)
+    return found
 
 
-def _contigs(reference: Reference, names: set[str]) -> Mapping[str, str]:
-    """Return the named sequences of a mapping or FASTA file."""
-    if isinstance(reference, Mapping):
-        contigs: Mapping[str, str] = reference
-    else:
-        contigs = {record.name: record.sequence for record in read_fasta(reference) if record.name in names}
-    if missing := sorted(names - contigs.keys()):
-        raise InputError(f"the reference has no sequence named {missing[0]!r}")
-    return contigs
-
-
-def _delta_table(
-    model: SequenceModel,
-    variants: Sequence[Variant],
-    windows: Sequence[tuple[str, str]],
-    *,
-    reverse_complement: bool,
-    token_budget: int,
-) -> pa.Table:
-    # Alternatives at one place share their reference window, which is scored once.
-    unique = list(dict.fromkeys(sequence for pair in windows for sequence in pair))
-    strands = [unique, [reverse_complemented(sequence) for sequence in unique]] if reverse_complement else [unique]
-    sums = np.mean(
-        [
-            [values.sum(dtype=np.float64) for values in sequence_log_probs(model, strand, token_budget=token_budget)]
-            for strand in strands
-        ],
-        axis=0,
-    )
-    scores = dict(zip(unique, sums.tolist(), strict=True))
-    ref_scores = np.array([scores[ref] for ref, _ in windows])
-    alt_scores = np.array([scores[alt] for _, alt in windows])
+def _delta_table(variants: Sequence[Variant], scores: WindowScores) -> pa.Table:
     return pa.table(
         {
             "chrom": pa.array([variant.chrom for variant in variants], pa.string()),
             "pos": pa.array([variant.pos for variant in variants], pa.int64()),
             "ref": pa.array([variant.ref for variant in variants], pa.string()),
             "alt": pa.array([variant.alt for variant in variants], pa.string()),
-            "ref_score": ref_scores,
-            "alt_score": alt_scores,
-            "score": alt_scores - ref_scores,
+            "ref_score": scores.reference,
+            "alt_score": scores.alternative,
+            "score": scores.alternative - scores.reference,
         }
     )

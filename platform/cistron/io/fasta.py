@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import io
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import BinaryIO, Final, NamedTuple, cast
 
 from cistron.errors import InputError
 from cistron.io import storage
+from cistron.io.compressed import BUFFER_BYTES, open_decompressed
 from cistron.io.storage import PathLike
 
-_GZIP_MAGIC: Final = b"\x1f\x8b"
-_BUFFER_BYTES: Final = 1 << 20
 _PIECE_LETTERS: Final = 1 << 16
 _LINE_LETTERS: Final = 80
 
@@ -133,8 +130,8 @@ def _lines(path: PathLike) -> Iterator[tuple[int, bool, bytes]]:
     """Yield (line number, whether the line starts here, text); a very long line comes in several parts."""
     number, starts_line = 1, True
     try:
-        with _open(path) as stream:
-            while text := stream.readline(_BUFFER_BYTES):
+        with open_decompressed(path) as stream:
+            while text := stream.readline(BUFFER_BYTES):
                 if number == 1 and starts_line:
                     text = text.removeprefix(codecs.BOM_UTF8)
                 yield number, starts_line, text
@@ -144,14 +141,3 @@ def _lines(path: PathLike) -> Iterator[tuple[int, bool, bytes]]:
         raise InputError(f"{path}, line {number}: the compressed file is cut short here") from error
     except (gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}, line {number}: the compressed file is damaged ({error})") from error
-
-
-@contextmanager
-def _open(path: PathLike) -> Iterator[BinaryIO]:
-    """Open for reading, decompressed."""
-    with storage.open_input(path) as native, io.BufferedReader(native, _BUFFER_BYTES) as raw:
-        if raw.peek(2)[:2] != _GZIP_MAGIC:
-            yield cast(BinaryIO, raw)
-            return
-        with gzip.GzipFile(fileobj=raw, mode="rb") as text:
-            yield cast(BinaryIO, text)

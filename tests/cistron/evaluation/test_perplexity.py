@@ -12,9 +12,10 @@ import torch
 from tests.cistron.data.corpora import make_corpus
 
 from cistron.data.samples import TrainingSample
-from cistron.errors import InputError
+from cistron.errors import ConfigError, InputError
 from cistron.evaluation.baselines import MarkovChain, markov_entropy, order_zero_entropy, unigram_entropy
 from cistron.evaluation.perplexity import baseline_losses, evaluate_corpus, open_plan, read_samples
+from cistron.models.checkpoint import save_checkpoint
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.model import Esm2
 from cistron.models.evo2.config import Evo2Config
@@ -138,3 +139,60 @@ def test_esm2_scores_masked_residues_with_fixed_masks(tmp_path) -> None:
     assert sum(int((sample.targets >= 0).sum()) for sample in samples) == first.num_tokens
     named = baseline_losses(plan, samples, max_samples=None, order=5)
     assert named["order 0, held-out's own"] < named["unigram"] < math.log(25)
+
+
+def test_published_protocol_equals_hugging_face_on_the_same_masks(tmp_path) -> None:
+    """exp(total cross-entropy / number of selected tokens), each protein padded and scored by transformers."""
+    transformers = pytest.importorskip("transformers")
+    residues = random.Random(4)
+    sequences = ["".join(residues.choices("ACDEFGHIKLMNPQRSTVWY", k=n)) for n in (25, 90, 40, 61, 7, 33)]
+    make_corpus(tmp_path / "corpus", sequences, alphabet="protein")
+    shape = Esm2Config(num_hidden_layers=2, num_attention_heads=2, hidden_size=16, intermediate_size=32)
+    model = Esm2(shape).eval()
+    model.init_weights(seed=0)
+    save_checkpoint(model, tmp_path / "model")
+    settings = {"max_length": 40, "seed": 42, "protocol": "published"}
+    got = evaluate_corpus(model, tmp_path / "corpus", "train", token_budget=64, **settings)
+
+    plan = open_plan(tmp_path / "corpus", "train", objective="masked", **settings)
+    samples = read_samples(plan, None, protocol="published")
+    width = max(len(sample.input_ids) for sample in samples)
+    ids, targets = torch.full((6, width), 1), torch.full((6, width), -100)
+    attention_mask = torch.zeros(6, width)
+    for row, sample in enumerate(samples):
+        length = len(sample.input_ids)
+        ids[row, :length] = torch.from_numpy(sample.input_ids)
+        targets[row, :length] = torch.from_numpy(sample.targets)
+        attention_mask[row, :length] = 1
+    peer = transformers.EsmForMaskedLM.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        logits = peer(ids, attention_mask=attention_mask).logits.double()
+    total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    selected = int((targets >= 0).sum())
+    assert got.num_tokens == selected
+    assert got.perplexity == pytest.approx(math.exp(total.item() / selected), abs=2e-3)
+
+
+def test_the_protocols_differ_in_what_counts(tmp_path) -> None:
+    residues = random.Random(5)
+    make_corpus(
+        tmp_path / "corpus",
+        ["".join(residues.choices("ACDEFGHIKLMNPQRSTVWY", k=400)) for _ in range(12)],
+        alphabet="protein",
+    )
+
+    def samples(protocol):
+        plan = open_plan(tmp_path / "corpus", "train", objective="masked", max_length=400, seed=42, protocol=protocol)
+        return read_samples(plan, None, protocol=protocol)
+
+    hidden, published = samples("hidden"), samples("published")
+    for sample in hidden:
+        assert (sample.input_ids[sample.targets >= 0] == ESM2_TOKENS.index("<mask>")).all()
+    seen = np.concatenate([sample.input_ids[sample.targets >= 0] for sample in published])
+    masked = (seen == ESM2_TOKENS.index("<mask>")).mean()
+    assert 0.72 < masked < 0.88
+    assert len(seen) == pytest.approx(0.15 * 4800, rel=0.15)
+    assert sum((sample.targets >= 0).sum() for sample in hidden) < len(seen)
+    make_corpus(tmp_path / "dna", ["ACGT" * 9])
+    with pytest.raises(ConfigError, match="protocol=published is of masked models"):
+        open_plan(tmp_path / "dna", "train", objective="next_token", max_length=9, seed=0, protocol="published")

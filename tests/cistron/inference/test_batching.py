@@ -8,7 +8,7 @@ import torch
 from tests.tiny_models import tiny_esm2, tiny_evo2
 
 from cistron.errors import InputError, SequenceError
-from cistron.inference.batching import check_token_budget, checked_sequences, length_sorted_batches, padded
+from cistron.inference.batching import check_token_budget, checked_sequences, length_sorted_batches, packed, padded
 
 
 @pytest.mark.parametrize("token_budget", [1, 7, 40, 1000])
@@ -24,6 +24,13 @@ def test_padding_is_on_the_right_and_masked():
     ids, mask = padded([np.array([5, 6, 7]), np.array([8])], pad_id=1, device=torch.device("cpu"))
     assert ids.tolist() == [[5, 6, 7], [8, 1, 1]]
     assert mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_packed_rows_lie_end_to_end():
+    ids, cu_seqlens = packed([np.array([5, 6, 7]), np.array([8])], device=torch.device("cpu"))
+    assert ids.tolist() == [5, 6, 7, 8]
+    assert cu_seqlens.tolist() == [0, 3, 4]
+    assert (ids.dtype, cu_seqlens.dtype) == (torch.int64, torch.int32)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,8 @@ def test_no_tokens_is_an_empty_continuation():
         (["AC", "AC-"], {}, SequenceError, "prompt 1: letter '-' at position 3"),
         (["MKTAYIAKQR"], {}, SequenceError, "looks like a protein"),
         (["ACGT"], {"num_tokens": -1}, InputError, "num_tokens must not be negative, got -1"),
-        (["AC", "A" * 250], {"num_tokens": 7}, SequenceError, "prompt 1: 250 nt and 7 new tokens exceed .* 256"),
+        (["AC", "A" * 250], {"num_tokens": 7}, SequenceError, "prompt 1: 250 nt and 7 new .* 256; extend_context=True"),
+        (["A" * 300], {}, SequenceError, "prompt 0"),
         (["ACGT"], {"temperature": 0}, InputError, "temperature must be above 0"),
         (["ACGT"], {"top_k": -2}, InputError, "top_k must be from 0"),
         (["ACGT"], {"top_k": 600}, InputError, "top_k must be from 0"),
@@ -168,3 +169,71 @@ def test_a_token_id_stops_when_asked_for():
 def test_a_stop_that_is_neither_text_nor_token_is_refused(stop: Any):
     with pytest.raises(InputError, match=r"stop: .* is neither a string nor a token id from 0 to 511"):
         generate(tiny_evo2(), ["ACGT"], num_tokens=1, stop=stop)
+
+
+@pytest.mark.parametrize("pattern", ["S", "D", "H", "*", "SDH*"])
+def test_prompts_of_one_to_eight_tokens_continue_as_the_whole_form_says(pattern: str):
+    model = tiny_evo2(layer_pattern=pattern)
+    prompts = ["ACGTTGCA"[:length] for length in range(1, 9)]
+    for prompt, generation in zip(prompts, generate(model, prompts, num_tokens=8, top_k=1), strict=True):
+        whole = torch.tensor([list((prompt + generation.text).encode())])
+        with torch.no_grad():
+            log_probs = model(whole).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        assert generation.token_ids == (log_probs[:, list(b"ACGT")].argmax(-1).apply_(lambda i: b"ACGT"[i])).tolist()
+        expected = log_probs.gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
+        assert generation.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_rows_that_end_leave_the_batch_and_the_others_go_on_unchanged():
+    model, steps = tiny_evo2(), []
+    free = generate(model, PROMPTS, num_tokens=24, seed=4, top_k=0)
+    model.register_forward_pre_hook(lambda _module, args, _kwargs: steps.append(args[0].shape), with_kwargs=True)
+    stopped = generate(model, PROMPTS, num_tokens=24, seed=4, top_k=0, stop=("AC", "TT"))
+    rows = [shape[0] for shape in steps if shape[1] == 1]
+    alive = [sum(len(g.token_ids) > step for g in stopped) for step in range(1, 24)]
+    assert rows == [count for count in alive if count]
+    assert min(rows) < len(PROMPTS), "no prompt ended early, so the test shows nothing"
+    for a, b in zip(free, stopped, strict=True):
+        assert b.logprobs == pytest.approx(a.logprobs[: len(b.token_ids)], abs=1e-4)
+        assert a.text.startswith(b.text)
+
+
+def test_a_short_prompt_does_not_pay_for_a_long_one_and_no_chunk_exceeds_the_budget():
+    model, shapes = tiny_evo2(), []
+    prompts = ["ACGT" * 60, "AC", "GT" * 100]
+    alone = [generate(model, [prompt], num_tokens=4, seed=0)[0] for prompt in prompts]
+    model.register_forward_pre_hook(lambda _module, args, _kwargs: shapes.append(args[0].shape), with_kwargs=True)
+    for a, b in zip(alone, generate(model, prompts * 4, num_tokens=4, seed=0, prefill_chunk=64), strict=False):
+        assert_same(a, b)
+    assert all(rows * length <= 64 for rows, length in shapes)
+
+
+def test_the_context_is_extended_only_when_asked(caplog: pytest.LogCaptureFixture):
+    model, longer = tiny_evo2(), tiny_evo2(max_length=1000)
+    prompts = ["ACGTTGCA" * 40, "AC"]
+    extended = generate(model, prompts, num_tokens=5, seed=1, extend_context=True)
+    assert [g.text for g in extended] == [g.text for g in generate(longer, prompts, num_tokens=5, seed=1)]
+    assert [r.message for r in caplog.records] == [
+        "prompt 0: 320 nt and 5 new tokens exceed the model's limit of 256, as extend_context allows"
+    ]
+
+
+def test_a_stop_string_is_found_across_the_blocks_in_which_random_numbers_are_drawn():
+    free = generate(tiny_evo2(), ["ACGT"], num_tokens=140, seed=3, top_k=0)[0]
+    stop = free.text[58:70]
+    assert free.text.find(stop) == 58
+    stopped = generate(tiny_evo2(), ["ACGT"], num_tokens=140, seed=3, top_k=0, stop=stop)[0]
+    assert stopped.text == free.text[:70]
+
+
+def test_what_the_callback_raises_ends_the_generation():
+    seen: list[int] = []
+
+    def stop_after_two(_index: int, token: int, _logprob: float) -> None:
+        seen.append(token)
+        if len(seen) == 2:
+            raise KeyError("gone")
+
+    with pytest.raises(KeyError, match="gone"):
+        generate(tiny_evo2(), ["ACGT"], num_tokens=50, on_token=stop_after_two)
+    assert len(seen) == 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cistron.errors import InputError
-from cistron.inference.sampling import Sampling, generators, letter_ids, sample
+from cistron.inference.sampling import Sampling, UniformStream, generators, letter_ids, sample
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5, 3.0, 0.0, 1.0]])
 DRAWS = 20_000
@@ -105,3 +105,16 @@ def test_a_prompts_stream_does_not_depend_on_the_others_but_repeats_differ():
 def test_bad_seeds(seed: int | list[int], message: str):
     with pytest.raises(InputError, match=message):
         generators(["AC", "GT"], seed)
+
+
+def test_a_stream_is_uniform_and_does_not_depend_on_how_much_is_drawn():
+    first, second = (UniformStream(torch.Generator().manual_seed(5)) for _ in range(2))
+    drawn = [first.next() for _ in range(1000)]
+    assert [second.next() for _ in range(70)] == drawn[:70]
+    assert len(set(drawn)) == 1000
+    assert sum(drawn) / 1000 == pytest.approx(0.5, abs=0.03)
+
+
+def test_greedy_among_allowed_letters_takes_the_lowest_of_equal_ids():
+    chosen = sample(torch.zeros(2, 90), torch.zeros(2, dtype=torch.float64), Sampling(top_k=1, allowed_ids=(65, 84)))
+    assert chosen.tolist() == [65, 65]

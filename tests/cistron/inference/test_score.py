@@ -52,6 +52,25 @@ def test_scores_do_not_depend_on_the_batch(token_budget: int):
             assert a.score == pytest.approx(b.score, abs=1e-5 * b.num_tokens)
 
 
+@pytest.mark.parametrize("token_budget", [7, 34])
+@pytest.mark.parametrize("bos", [False, True])
+def test_chunk_borders_change_no_token(token_budget: int, bos: bool):
+    model, sequences, options = tiny_evo2(), [DNA[2], "ACGT" * 17, DNA[1]], {"reduction": "none", "prepend_bos": bos}
+    whole = score_sequences(model, sequences, **options)
+    chunked = score_sequences(model, sequences, token_budget=token_budget, **options)
+    for a, b in zip(whole, chunked, strict=True):
+        assert a.num_tokens == b.num_tokens == len(a.per_token)
+        np.testing.assert_allclose(a.per_token, b.per_token, atol=1e-5)
+
+
+def test_reverse_complement_by_chunks():
+    model, sequence = tiny_evo2(), "AACGTTTGACCATGACGGTA"
+    whole, chunked = (
+        score_sequences(model, [sequence], reverse_complement=True, token_budget=budget)[0] for budget in (100, 6)
+    )
+    assert whole.score == pytest.approx(chunked.score, abs=1e-5)
+
+
 def test_one_nucleotide_has_nothing_to_score_without_a_beginning():
     model = tiny_evo2()
     assert score_sequences(model, ["A"], reduction="sum")[0].score == 0.0
@@ -73,13 +92,19 @@ def test_vortex_compat_takes_log_probabilities_in_bf16():
     ids = torch.tensor([list(DNA[2].encode())])
     model = tiny_evo2()
     with torch.no_grad():
-        rounded = model(ids).logits.bfloat16().log_softmax(-1)[0, :-1]
-    expected = rounded.gather(1, ids[0, 1:, None])[:, 0].float()
-    result = score_sequences(model, [DNA[2]], reduction="none", vortex_compat=True)[0]
-    assert result.per_token is not None
-    np.testing.assert_array_equal(result.per_token, expected.numpy())
+        logits = model(ids).logits[0, :-1]
+    # Rounded twice: the logits, and the log-probabilities that were reckoned from them in a wider format.
+    rounded = logits.bfloat16().double()
+    exact = rounded - rounded.exp().sum(-1, keepdim=True).log()
+    expected = exact.bfloat16().gather(1, ids[0, 1:, None])[:, 0].float().numpy()
     plain = score_sequences(model, [DNA[2]], reduction="none")[0]
-    assert not np.array_equal(result.per_token, plain.per_token)
+    for token_budget in (1000, 8):
+        result = score_sequences(model, [DNA[2]], reduction="none", vortex_compat=True, token_budget=token_budget)[0]
+        assert result.per_token is not None
+        assert np.array_equal(result.per_token, torch.from_numpy(result.per_token).bfloat16().float().numpy())
+        np.testing.assert_allclose(result.per_token, expected, rtol=2**-7)
+        assert (result.per_token == expected).mean() > 0.9
+        assert not np.array_equal(result.per_token, plain.per_token)
 
 
 def test_protein_score_is_the_pseudo_log_likelihood():
