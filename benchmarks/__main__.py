@@ -10,7 +10,15 @@ from rich.table import Table
 
 from benchmarks.timing import write_record
 
-BENCHMARKS = ("long_convolution",)
+BENCHMARKS = (
+    "contact_memory",
+    "decode",
+    "esm2_throughput",
+    "exactness",
+    "long_convolution",
+    "scoring_memory",
+    "variant_prefix",
+)
 
 
 def main(names: list[str]) -> None:

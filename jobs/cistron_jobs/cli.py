@@ -22,12 +22,14 @@ JOBS: Final = {
     "convert": "convert a checkpoint between formats",
     "demo": "prepare, train, evaluate, export and serve both models, small but real",
     "embed": "embed the sequences of a FASTA file",
-    "evaluate": "measure a model on held-out sequence beside honest baselines",
+    "evaluate": "measure a model on held-out sequence or on variants, beside honest baselines",
     "generate": "continue DNA prompts",
     "prepare_data": "turn FASTA or Parquet into tokenised shards",
     "pretrain": "train a model on prepared shards",
     "score": "score the sequences of a FASTA file",
+    "selftest": "check that a model computes what it should, against itself and published numbers",
     "serve": "serve models over HTTP",
+    "variants": "score the variants of a VCF or table, into Parquet and an annotated VCF",
 }
 """Every job with its one-line help."""
 

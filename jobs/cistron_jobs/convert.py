@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cistron.config import Config
 from cistron.models.convert import NATIVE, convert_checkpoint
+from cistron.models.evo2.config import Parametrization
 
 logger = logging.getLogger(__name__)
 
@@ -19,11 +20,13 @@ class ConvertConfig(Config):
     destination: str
     """What to write; must not exist yet."""
     source_format: str
-    """vortex, hf, fair-esm or cistron."""
+    """vortex, savanna, mbridge, hf, fair-esm or cistron."""
     target_format: str = NATIVE
     """The same choice."""
     config: str | None = None
     """JSON or YAML file with the source's configuration in its own field names, where the source does not say."""
+    parametrization: Parametrization | None = None
+    """Form of Evo 2's filters: inference, or the factors that training learns; as in the source if not given."""
     trust_pickle: bool = False
     """Let a pickled source run code of its own; only for files whose origin you trust."""
 
@@ -41,6 +44,7 @@ def run(config: ConvertConfig) -> Path:
         target_format=config.target_format,
         config=config.config,
         trust_pickle=config.trust_pickle,
+        parametrization=config.parametrization,
     )
     logger.info("%s (%s) -> %s (%s)", config.source, config.source_format, destination, config.target_format)
     return destination

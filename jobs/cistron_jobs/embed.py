@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, PositiveInt
 
 from cistron.config import listed
-from cistron.inference.embed import Embedding, Layer, Pooling, embed_sequences
-from cistron.io.fasta import FastaRecord
+from cistron.inference.embed import Embedding, Layer, embed_sequences
+from cistron.inference.pooling import Pooling
+from cistron.inference.protein_windows import check_window
 from cistron.models.base import SequenceModel
 from cistron.models.naming import canonical_layer
-from cistron_jobs.inference_job import RecordJobConfig, open_record_job, write_parquet
+from cistron_jobs.inference_job import RecordJobConfig, run_record_job
+from cistron_jobs.model_config import model_shell
 
 
 class EmbedConfig(RecordJobConfig):
@@ -22,7 +25,11 @@ class EmbedConfig(RecordJobConfig):
     layers: Annotated[tuple[int | str, ...], BeforeValidator(listed)] = (-1,)
     """Layers by index or name (embedding, blocks.3, final_norm); -1 is final_norm."""
     pooling: Pooling = "mean"
-    """mean, cls (ESM-2) or last: one vector per record; none: one per nucleotide or residue."""
+    """mean, cls (ESM-2) or last: one vector per record; none: one per nucleotide or residue. Those of a part are in
+    memory at once: with none, letters_per_part decides how much that is."""
+    window: PositiveInt | None = None
+    """Proteins: residues that the model sees at once; longer ones are read in overlapping windows whose vectors are
+    averaged. As many as it saw in training (1022) unless given."""
 
 
 def run(config: EmbedConfig) -> str:
@@ -31,21 +38,25 @@ def run(config: EmbedConfig) -> str:
     Raises:
         CistronError: an input that cannot be used; no output is left behind.
     """
-    model, batches = open_record_job(config)
-    write_parquet(config.output, (_embedded(model, batch, config) for batch in batches))
+    shell = model_shell(config)
+    check_window(shell, config.window)
+    for layer in config.layers:  # An unknown one fails now, and not after the model is loaded.
+        canonical_layer(layer, num_layers=len(shell.blocks))
+    run_record_job("embed", config, partial(_embedded, config=config))
     return config.output
 
 
-def _embedded(model: SequenceModel, records: list[FastaRecord], config: EmbedConfig) -> pa.Table:
+def _embedded(model: SequenceModel, records: pa.Table, *, config: EmbedConfig) -> pa.Table:
     embeddings = embed_sequences(
         model,
-        [record.sequence for record in records],
+        records["sequence"].to_pylist(),
         layers=config.layers,
         pooling=config.pooling,
+        window=config.window,
         token_budget=config.token_budget,
     )
     columns = {
-        "name": pa.array([record.name for record in records], pa.string()),
+        "name": records["name"],
         "num_tokens": pa.array([embedding.num_tokens for embedding in embeddings], pa.int64()),
     }
     for layer in config.layers:

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Annotated
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import repeat, tee
+from typing import Annotated, Any, Final, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveInt
-from rich.console import Console
-from rich.table import Table
+import pyarrow as pa
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from cistron.config import listed
 from cistron.errors import InputError, SequenceError
-from cistron.inference.generate import PREFILL_CHUNK, Generation, generate
+from cistron.inference.batching import length_limit
+from cistron.inference.generate import PREFILL_CHUNK, generate
+from cistron.inference.sampling import prompt_seeds
 from cistron.io import storage
-from cistron.io.fasta import FastaRecord, read_fasta, write_fasta
+from cistron.io.fasta import FastaRecord
+from cistron.models.base import SequenceModel
 from cistron.tokenizers import ByteTokenizer
-from cistron_jobs.inference_job import ModelJobConfig, open_model
+from cistron_jobs.bulk.config import BulkConfig
+from cistron_jobs.bulk.cut import cut
+from cistron_jobs.bulk.run import BulkJob, run_bulk
+from cistron_jobs.generate_output import GENERATION_FIELDS, known_suffix, show, write
+from cistron_jobs.inference_job import checked_records, records_table
+from cistron_jobs.model_config import model_shell, open_model
 
-_LETTERS_SHOWN = 60
-_FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".fa.gz", ".fasta.gz", ".fna.gz")
+_LETTERS_SHOWN: Final = 60
+_SAMPLING: Final = ("temperature", "top_k", "top_p", "seed", "allowed", "stop", "prefill_chunk", "extend_context")
+_Prompt: TypeAlias = tuple[FastaRecord, int | None]
 
 
-def _known_suffix(path: str) -> str:
-    if not path.endswith((".json", *_FASTA_SUFFIXES)):
-        raise ValueError(f"the name must end in .json or one of {', '.join(_FASTA_SUFFIXES)}")
-    return path
-
-
-class GenerateConfig(ModelJobConfig):
+class GenerateConfig(BulkConfig):
     """Settings of ``cistron generate``."""
 
     prompts: str | tuple[str, ...]
-    """A list of sequences, one sequence, or a FASTA file."""
+    """A list of sequences, one sequence, or a FASTA file. A file with an output runs in parts, resumable, on `actors`;
+    anything else at once, in this process."""
     num_tokens: NonNegativeInt
     """Tokens to add to each prompt."""
     temperature: float = 1.0
@@ -42,7 +45,7 @@ class GenerateConfig(ModelJobConfig):
     """Choose among the k most likely tokens; 1 is greedy, 0 means all."""
     top_p: float = 1.0
     """Choose among the most likely tokens that together reach this probability; 1 means all."""
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     """With a seed, a prompt's continuation is always the same, whatever the other prompts."""
     allowed: str | None = "ACGT"
     """Letters that may be generated; null allows every token."""
@@ -50,46 +53,64 @@ class GenerateConfig(ModelJobConfig):
     """Strings, or ids of tokens, that end a continuation."""
     prefill_chunk: PositiveInt = PREFILL_CHUNK
     """Nucleotides of a prompt that enter the model at once; smaller needs less memory."""
-    output: Annotated[str, AfterValidator(_known_suffix)] | None = None
-    """FASTA (prompt and continuation) or JSON (everything) file; a table on the terminal if not given."""
+    extend_context: bool = False
+    """Let a prompt and its continuation be longer than the model was trained for."""
+    output: Annotated[str, AfterValidator(known_suffix)] | None = None
+    """FASTA (prompt and continuation), JSON or Parquet (everything) file; a table on the terminal if not given."""
 
 
-def run(config: GenerateConfig) -> list[Generation]:
-    """Continue every prompt, write or show the result, and return it.
+def run(config: GenerateConfig) -> str | None:
+    """Continue every prompt; write the result and return its path, or show it.
 
     Raises:
         CistronError: an input that cannot be used; no output is left behind.
     """
-    prompts = _prompts(config.prompts)
-    generations = generate(
-        open_model(config),
-        [prompt.sequence for prompt in prompts],
-        num_tokens=config.num_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-        allowed=config.allowed,
-        stop=config.stop,
-        prefill_chunk=config.prefill_chunk,
-    )
+    # The settings of a run without tokens are checked all the same, and a model without weights suffices for it.
+    generate(model_shell(config), ["A"], num_tokens=0, **_sampling(config))
+    from_file = isinstance(config.prompts, str) and bool(config.prompts) and storage.exists(config.prompts)
+    if from_file and config.output is not None:
+        parts, compute = partial(_parts, config), partial(_continued, config=config)
+        run_bulk(config, BulkJob("generate", config.output, ("prompts",), parts, compute, write))
+        return config.output
+    records = list(_from_file(config)) if from_file else _from_text(config.prompts)
+    generations = _continued(open_model(config), _table(list(_seeded(records, config.seed))), config=config)
     if config.output is None:
-        Console().print(_table(prompts, generations))
-    elif config.output.endswith(".json"):
-        rows = [{"name": p.name, "prompt": p.sequence, **asdict(g)} for p, g in zip(prompts, generations, strict=True)]
-        storage.write_text(config.output, json.dumps(rows, indent=2) + "\n")
+        show(generations)
     else:
-        write_fasta(config.output, _completed(prompts, generations))
-    return generations
+        write(config.output, [generations], {})
+    return config.output
 
 
-def _prompts(prompts: str | Sequence[str]) -> list[FastaRecord]:
-    """Return the prompts as records; a single string is a file if there is one, else a sequence."""
+def _parts(config: GenerateConfig) -> Iterator[pa.Table]:
+    """Yield the prompts of a file, one table per part."""
+    for prompts in cut(
+        _seeded(_from_file(config), config.seed),
+        max_items=config.records_per_part,
+        max_weight=config.letters_per_part,
+        weight=lambda prompt: len(prompt[0].sequence) + config.num_tokens,
+    ):
+        yield _table(prompts)
+
+
+def _from_file(config: GenerateConfig) -> Iterator[FastaRecord]:
+    """Yield the records of the file of prompts, which all leave room for the new tokens."""
+    limit = None if config.extend_context else length_limit(model_shell(config))
+
+    def check(sequence: str, place: str) -> None:
+        if limit is not None and len(sequence) + config.num_tokens > limit:
+            raise SequenceError(
+                f"{place}: {len(sequence):,} nt and {config.num_tokens:,} new tokens exceed the model's limit of "
+                f"{limit:,}"
+            )
+
+    return checked_records(config, str(config.prompts), check, limited=not config.extend_context)
+
+
+def _from_text(prompts: str | Sequence[str]) -> list[FastaRecord]:
+    """Return prompts that are not a file as records."""
     if isinstance(prompts, str):
         if not prompts:
             raise InputError("prompts: the request is empty")
-        if storage.exists(prompts):
-            return list(read_fasta(prompts))
         try:
             prompts = [ByteTokenizer().validate(prompts, name="as a sequence")]
         except SequenceError as error:
@@ -99,18 +120,32 @@ def _prompts(prompts: str | Sequence[str]) -> list[FastaRecord]:
     return [FastaRecord(f"prompt_{index}", "", prompt) for index, prompt in enumerate(prompts)]
 
 
-def _completed(prompts: Sequence[FastaRecord], generations: Sequence[Generation]) -> list[FastaRecord]:
-    return [
-        FastaRecord(p.name, f"prompt={len(p.sequence)} generated={len(g.token_ids)}", p.sequence + g.text)
-        for p, g in zip(prompts, generations, strict=True)
-    ]
+def _seeded(records: Iterable[FastaRecord], seed: int | None) -> Iterator[_Prompt]:
+    """Pair each record with its own seed, so that neither the parts nor the actors show in a continuation."""
+    if seed is None:
+        return zip(records, repeat(None))
+    records, twins = tee(records)
+    return zip(records, prompt_seeds((record.sequence for record in twins), seed), strict=True)
 
 
-def _table(prompts: Sequence[FastaRecord], generations: Sequence[Generation]) -> Table:
-    table = Table("prompt", "continuation", "tokens", "mean log p", "ended by")
-    table.columns[1].overflow = "fold"
-    for prompt, generation in zip(prompts, generations, strict=True):
-        count = len(generation.token_ids)
-        mean = f"{sum(generation.logprobs) / count:.3f}" if count else "-"
-        table.add_row(prompt.name, generation.text, str(count), mean, generation.finish_reason)
-    return table
+def _table(prompts: Sequence[_Prompt]) -> pa.Table:
+    """Return columns name, sequence and seed."""
+    seeds = pa.array([seed for _, seed in prompts], pa.uint64())
+    return records_table([record for record, _ in prompts]).append_column("seed", seeds)
+
+
+def _continued(model: SequenceModel, prompts: pa.Table, *, config: GenerateConfig) -> pa.Table:
+    """Return columns name, prompt and the fields of a generation."""
+    settings = _sampling(config)
+    if config.seed is not None:
+        settings["seed"] = prompts["seed"].to_pylist()
+    sequences = prompts["sequence"]
+    generations = generate(model, sequences.to_pylist(), num_tokens=config.num_tokens, **settings)
+    columns = {"name": prompts["name"], "prompt": sequences}
+    for field, kind in GENERATION_FIELDS.items():
+        columns[field] = pa.array([getattr(generation, field) for generation in generations], kind)
+    return pa.table(columns)
+
+
+def _sampling(config: GenerateConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in _SAMPLING}

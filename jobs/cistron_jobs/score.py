@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import pyarrow as pa
+from functools import partial
 
+import pyarrow as pa
+from pydantic import PositiveInt
+
+from cistron.alphabets import MASK, TAG_DELIMITER
+from cistron.errors import SequenceError
+from cistron.inference.protein_windows import check_window
 from cistron.inference.score import Reduction, score_sequences
-from cistron.io.fasta import FastaRecord
 from cistron.models.base import SequenceModel
-from cistron_jobs.inference_job import RecordJobConfig, open_record_job, write_parquet
+from cistron_jobs.inference_job import RecordJobConfig, run_record_job
+from cistron_jobs.model_config import model_shell
 
 
 class ScoreConfig(RecordJobConfig):
@@ -21,6 +27,8 @@ class ScoreConfig(RecordJobConfig):
     """DNA: begin with id 0, so that the first nucleotide is scored too."""
     vortex_compat: bool = False
     """DNA: log-probabilities in bf16, as the published losses have them."""
+    window: PositiveInt | None = None
+    """Proteins: residues around a masked one that the model sees; as many as it saw in training (1022) unless given."""
 
 
 def run(config: ScoreConfig) -> str:
@@ -29,23 +37,33 @@ def run(config: ScoreConfig) -> str:
     Raises:
         CistronError: an input that cannot be used; no output is left behind.
     """
-    model, batches = open_record_job(config)
-    write_parquet(config.output, (_scored(model, batch, config) for batch in batches))
+    check_window(model_shell(config), config.window)
+    check = partial(_check, reverse_complement=config.reverse_complement)
+    run_record_job("score", config, partial(_scored, config=config), check)
     return config.output
 
 
-def _scored(model: SequenceModel, records: list[FastaRecord], config: ScoreConfig) -> pa.Table:
+def _check(sequence: str, place: str, *, reverse_complement: bool) -> None:
+    """Refuse at the door what scoring refuses later, when it knows no line of a file."""
+    if MASK in sequence:
+        raise SequenceError(f"{place}: {MASK} at letter {sequence.index(MASK) + 1} has no residue to score")
+    if reverse_complement and TAG_DELIMITER in sequence:
+        raise SequenceError(f"{place}: a phylogenetic tag ({TAG_DELIMITER}) has no reverse complement")
+
+
+def _scored(model: SequenceModel, records: pa.Table, *, config: ScoreConfig) -> pa.Table:
     scores = score_sequences(
         model,
-        [record.sequence for record in records],
+        records["sequence"].to_pylist(),
         reduction=config.reduction,
         reverse_complement=config.reverse_complement,
         prepend_bos=config.prepend_bos,
         vortex_compat=config.vortex_compat,
+        window=config.window,
         token_budget=config.token_budget,
     )
     columns = {
-        "name": pa.array([record.name for record in records], pa.string()),
+        "name": records["name"],
         "score": pa.array([score.score for score in scores], pa.float64()),
         "num_tokens": pa.array([score.num_tokens for score in scores], pa.int64()),
     }

@@ -18,7 +18,9 @@ from cistron.errors import (
 from cistron.inference.contacts import predict_contacts
 from cistron.inference.embed import Embedding, embed_sequences
 from cistron.inference.generate import Generation, generate
+from cistron.inference.masked import pseudo_perplexity
 from cistron.inference.score import SequenceScore, score_sequences
+from cistron.inference.substitutions import RESIDUE_ORDER, substitution_matrix
 from cistron.inference.variants import score_variants
 from cistron.models.convert import convert_checkpoint
 from cistron.models.outputs import ModelOutput
@@ -27,6 +29,7 @@ from cistron.models.registry import list_models, load_model
 __version__ = _version("cistron")
 
 __all__ = [
+    "RESIDUE_ORDER",
     "CapabilityError",
     "CheckpointError",
     "CheckpointNotFoundError",
@@ -46,6 +49,8 @@ __all__ = [
     "list_models",
     "load_model",
     "predict_contacts",
+    "pseudo_perplexity",
     "score_sequences",
     "score_variants",
+    "substitution_matrix",
 ]

@@ -33,6 +33,9 @@ GAPS: Final = ".-"
 
 MASK: Final = "<mask>"
 
+_SHORTEST_DNA: Final = 30
+"""Letters from which a sequence of nothing but nucleotides is no protein."""
+
 _COMPLEMENT: Final = str.maketrans("ACGTNRYSWKMBDHVacgtnryswkmbdhv", "TGCANYRSWMKVHDBtgcanyrswmkvhdb")
 _DNA: Final = re.compile(rf"(?:[{IUPAC_NUCLEOTIDES}{IUPAC_NUCLEOTIDES.lower()}@#]+|\|[ -{{}}~]*(?:\||\Z))*")
 _PROTEIN: Final = re.compile(rf"(?:[{AMINO_ACIDS}{AMINO_ACIDS.lower()}]|{MASK})*")
@@ -94,7 +97,22 @@ def validate_protein(
     return MASK.join(part.upper() for part in sequence.split(MASK))
 
 
+def refuse_dna(residues: str, *, name: str = "sequence") -> None:
+    """Raise ``SequenceError`` when upper-case residues are nucleotides, whose letters all are residues too.
+
+    That is at least 30 letters of A, C, G, T, U and N only, with A, C, G and one of T and U among them: by chance such
+    a protein is rarer than 1 in 10^17, and low-complexity ones lack cysteine.
+    """
+    letters = set(residues)
+    if len(residues) >= _SHORTEST_DNA and letters <= set("ACGTUN") and letters >= set("ACG") and letters & set("TU"):
+        raise SequenceError(f"{name}: this looks like DNA, and the model reads proteins: translate it first")
+
+
 def _protein_hint(letter: str) -> str:
+    if letter.isspace():
+        return "; remove white space"
+    if letter.isdigit():
+        return "; remove position numbers"
     hints = {"*": "; remove the stop", "-": "; remove alignment gaps", ".": "; remove alignment gaps"}
     return "; write X for J (Leu or Ile)" if letter in "Jj" else hints.get(letter, "")
 

@@ -29,7 +29,7 @@ from cistron.inference.generate import Generation, generate
 from cistron.models.base import SequenceModel
 from cistron.models.families import config_of
 from cistron.models.manifest import read_manifest
-from cistron.models.registry import load_model
+from cistron.models.registry import Precision, load_model
 from cistron_serve.limits import Limits
 from cistron_serve.metrics import ModelMetrics
 from cistron_serve.schemas.native import GenerateRequest, ModelCard
@@ -56,8 +56,8 @@ class ModelSettings(Config):
     """``auto`` takes a GPU when the running cluster has one."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Number format of the weights; None keeps the stored one."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """``auto`` refuses a model that is known to degrade in its format; name one to serve it anyway."""
+    precision: Precision = "auto"
+    """``auto`` takes the path known to be good for the model here, or refuses; any other is taken as named."""
     num_replicas: int = Field(default=1, ge=1, le=1024)
     """Copies of the model."""
     num_cpus: float = Field(default=1.0, ge=0.0, le=1024.0)

@@ -9,21 +9,24 @@ import cistron
 SURFACE = {
     "load_model": "source, *, device=None, dtype=None, trust_pickle=False, precision='auto'",
     "convert_checkpoint": (
-        "source, destination, *, source_format, target_format='cistron', config=None, trust_pickle=False"
+        "source, destination, *, source_format, target_format='cistron', config=None, trust_pickle=False, "
+        "parametrization=None"
     ),
     "score_sequences": (
         "model, sequences, *, reduction='mean', reverse_complement=False, prepend_bos=False, vortex_compat=False, "
-        "token_budget=16384"
+        "window=None, token_budget=16384"
     ),
-    "embed_sequences": "model, sequences, *, layers=(-1,), pooling='mean', token_budget=16384",
+    "embed_sequences": "model, sequences, *, layers=(-1,), pooling='mean', window=None, token_budget=16384",
     "generate": (
         "model, prompts, *, num_tokens, temperature=1.0, top_k=4, top_p=1.0, seed=None, allowed='ACGT', stop=(), "
-        "on_token=None, prefill_chunk=8192"
+        "on_token=None, prefill_chunk=8192, extend_context=False"
     ),
     "score_variants": (
         "model, variants, reference, *, window=None, strategy=None, reverse_complement=False, token_budget=16384"
     ),
     "predict_contacts": "model, sequences",
+    "pseudo_perplexity": "model, sequences, *, window=None, token_budget=16384",
+    "substitution_matrix": "model, sequence, *, strategy='masked-marginal', window=None, token_budget=16384",
     "list_models": "",
     "SequenceScore": "score, num_tokens, per_token=None",
     "Generation": "text, token_ids, logprobs, finish_reason",
@@ -40,7 +43,7 @@ def test_the_surface_is_exactly_all():
     assert public == set(cistron.__all__)
     assert list(cistron.__all__) == sorted(cistron.__all__)
     errors = {name for name in public if name.endswith("Error")}
-    assert public - errors == {*SURFACE, "ModelOutput", "__version__"}
+    assert public - errors == {*SURFACE, "ModelOutput", "RESIDUE_ORDER", "__version__"}
 
 
 @pytest.mark.parametrize("name", SURFACE)

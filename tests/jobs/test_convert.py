@@ -22,6 +22,13 @@ def test_a_converted_checkpoint_loads(tmp_path: Path):
     assert cistron.load_model(tmp_path / "model").family == "evo2"
 
 
+def test_the_form_of_the_filters_can_be_chosen(tmp_path: Path):
+    run(config(tmp_path, "parametrization=training"))
+    assert cistron.load_model(tmp_path / "model").config.parametrization == "training"
+    with pytest.raises(ConfigError, match="parametrization: Input should be 'inference' or 'training'"):
+        config(tmp_path, "parametrization=trained")
+
+
 def test_an_unknown_format_leaves_nothing(tmp_path: Path):
     with pytest.raises(UnknownNameError, match="did you mean 'vortex'"):
         run(config(tmp_path, "source_format=votrex"))

@@ -28,9 +28,9 @@ def config(files: Path, *words: str) -> EmbedConfig:
     return resolve(EmbedConfig, parse_overrides(given))
 
 
-@pytest.mark.parametrize("records_per_batch", [2, 100])
-def test_one_column_per_layer(files: Path, records_per_batch: int):
-    run(config(files, "layers=[-1, 1, embedding]", f"records_per_batch={records_per_batch}"))
+@pytest.mark.parametrize("records_per_part", [2, 100])
+def test_one_column_per_layer(files: Path, records_per_part: int):
+    run(config(files, "layers=[-1, 1, embedding]", f"records_per_part={records_per_part}"))
     table = pq.read_table(files / "out.parquet")
     assert table.column_names == ["name", "num_tokens", "final_norm", "blocks.1", "embedding"]
     assert table["name"].to_pylist() == list(PROTEINS)
@@ -42,11 +42,26 @@ def test_one_column_per_layer(files: Path, records_per_batch: int):
 
 
 def test_a_vector_per_residue(files: Path):
-    run(config(files, "pooling=none", "layers=[blocks.0]", "records_per_batch=2"))
+    run(config(files, "pooling=none", "layers=[blocks.0]", "records_per_part=2"))
     column = pq.read_table(files / "out.parquet")["blocks.0"]
     expected = cistron.embed_sequences(tiny_esm2(), list(PROTEINS.values()), layers=("blocks.0",), pooling="none")
     for got, want in zip(column.to_pylist(), expected, strict=True):
         np.testing.assert_allclose(np.array(got), want.vectors["blocks.0"], atol=1e-5)
+
+
+def test_long_proteins_are_read_in_windows(files: Path):
+    run(config(files, "window=4"))
+    vectors = np.stack(pq.read_table(files / "out.parquet")["final_norm"].to_numpy())
+    expected = cistron.embed_sequences(tiny_esm2(), list(PROTEINS.values()), window=4)
+    np.testing.assert_allclose(vectors, np.stack([embedding.vectors[-1] for embedding in expected]), atol=1e-5)
+
+
+def test_records_of_one_name_each_keep_their_row(files: Path):
+    (files / "in.faa").write_text(">a\nMKTAY\n>b\nGSV\n>a\nMEEPQSD\n")
+    run(config(files, "records_per_part=2"))
+    table = pq.read_table(files / "out.parquet")
+    assert table["name"].to_pylist() == ["a", "b", "a"]
+    assert table["num_tokens"].to_pylist() == [5, 3, 7]
 
 
 def test_a_failure_leaves_no_output(files: Path):
@@ -54,7 +69,7 @@ def test_a_failure_leaves_no_output(files: Path):
         run(config(files, "layers=[blocks.7]"))
     (files / "in.faa").write_text(">a\nMKT\n>b\nMK*\n")
     with pytest.raises(SequenceError, match=r"line 3, record 'b': letter '\*' at position 3"):
-        run(config(files, "records_per_batch=1"))
+        run(config(files, "records_per_part=1"))
     assert {path.name for path in files.iterdir()} == {"esm2", "in.faa"}
 
 

@@ -45,3 +45,17 @@ def test_another_alphabet_is_refused(model_and_corpus, tmp_path):
         run(
             resolve(EvaluateConfig, {"model": str(tmp_path / "model"), "data": str(tmp_path / "dna"), "split": "train"})
         )
+
+
+def test_the_protocol_is_printed_and_recorded(model_and_corpus, capsys):
+    folder = model_and_corpus
+    config = {"model": str(folder / "model"), "data": str(folder / "corpus"), "split": "train", "max_length": 30}
+    hidden = run(resolve(EvaluateConfig, config))
+    published = run(resolve(EvaluateConfig, {**config, "protocol": "published"}))
+    printed = [line for line in capsys.readouterr().out.splitlines() if "scored tokens" in line]
+    assert printed[0].endswith("protocol hidden: residues behind <mask> only; seed 42")
+    assert "protocol published: all selected residues" in printed[1]
+    assert (hidden["protocol"], published["protocol"]) == ("hidden", "published")
+    assert hidden["settings"]["seed"] == 42
+    assert hidden["num_tokens"] < published["num_tokens"]
+    assert published["perplexity"]["model"] == math.exp(published["loss"]["model"])

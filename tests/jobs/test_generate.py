@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from tests.tiny_models import tiny_evo2
 
@@ -29,17 +30,17 @@ def config(files: Path, *words: str) -> GenerateConfig:
 
 
 def test_the_table_shows_every_continuation(files: Path, capsys: pytest.CaptureFixture[str]):
-    generations = run(config(files))
+    assert run(config(files)) is None
     expected = cistron.generate(tiny_evo2(), PROMPTS, num_tokens=9, seed=1)
-    assert [g.text for g in generations] == [g.text for g in expected]
     shown = capsys.readouterr().out
-    assert all(g.text in shown for g in generations)
+    assert all(g.text in shown for g in expected)
     assert "p2" in shown
 
 
 def test_settings_reach_the_model(files: Path):
     words = ["temperature=2", "top_k=0", "top_p=0.9", "allowed=AN", "stop=[AA, NN]", "prefill_chunk=3"]
-    generations = run(config(files, *words))
+    run(config(files, *words, f"output={files / 'out.parquet'}"))
+    rows = pq.read_table(files / "out.parquet").to_pylist()
     expected = cistron.generate(
         tiny_evo2(),
         PROMPTS,
@@ -51,20 +52,36 @@ def test_settings_reach_the_model(files: Path):
         allowed="AN",
         stop=("AA", "NN"),
     )
-    assert [(g.text, g.finish_reason) for g in generations] == [(g.text, g.finish_reason) for g in expected]
+    assert [(row["text"], row["finish_reason"]) for row in rows] == [(g.text, g.finish_reason) for g in expected]
     assert config(files, "allowed=null").allowed is None
 
 
-def test_json_and_fasta_outputs(files: Path):
-    generations = run(config(files, f"output={files / 'out.json'}"))
+def test_the_context_is_extended_only_when_asked(files: Path, capsys: pytest.CaptureFixture[str]):
+    (files / "prompts.fa").write_text(">long\n" + "ACGT" * 80 + "\n")
+    with pytest.raises(SequenceError, match=r"record 'long'.* 256"):
+        run(config(files))
+    run(config(files, "extend_context=true"))
+    expected = cistron.generate(tiny_evo2(), ["ACGT" * 80], num_tokens=9, seed=1, extend_context=True)[0]
+    assert expected.text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("records_per_part", [1, 2, 100])
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_files_hold_what_one_request_gives(files: Path, records_per_part: int, repeats: int):
+    """Neither the parts nor the kind of file shows in a continuation; a prompt's repeats differ from each other."""
+    prompts = PROMPTS * repeats
+    (files / "prompts.fa").write_text("".join(f">p{i} text\n{prompt}\n" for i, prompt in enumerate(prompts)))
+    expected = cistron.generate(tiny_evo2(), prompts, num_tokens=9, seed=1)
+    for output in ("out.json", "out.fa.gz"):
+        run(config(files, f"output={files / output}", f"records_per_part={records_per_part}"))
     rows = json.loads((files / "out.json").read_text())
-    assert [row["name"] for row in rows] == ["p0", "p1", "p2"]
-    assert [row["prompt"] + row["text"] for row in rows] == [
-        p + g.text for p, g in zip(PROMPTS, generations, strict=True)
-    ]
-    assert rows[0]["logprobs"] == pytest.approx(generations[0].logprobs)
+    assert (files / "out.json").read_text() == json.dumps(rows, indent=2) + "\n"
+    assert [row["name"] for row in rows] == [f"p{i}" for i in range(len(prompts))]
+    assert [row["prompt"] for row in rows] == prompts
+    assert [row["text"] for row in rows] == [g.text for g in expected]
+    assert rows[0]["logprobs"] == pytest.approx(expected[0].logprobs, abs=1e-5)
+    assert rows[0]["token_ids"] == expected[0].token_ids
     assert rows[0]["finish_reason"] == "length"
-    run(config(files, f"output={files / 'out.fa.gz'}"))
     records = list(read_fasta(files / "out.fa.gz"))
     assert [record.sequence for record in records] == [row["prompt"] + row["text"] for row in rows]
     assert records[1].description == "prompt=2 generated=9"
@@ -74,7 +91,8 @@ def test_json_and_fasta_outputs(files: Path):
     ("word", "count"), [("prompts=[ACGT, gg]", 2), ("prompts=ACGTAC", 1), (f"prompts={'A' * 240}", 1), ("stop=AA", 3)]
 )
 def test_prompts_as_text(files: Path, word: str, count: int):
-    assert len(run(config(files, word))) == count
+    run(config(files, word, f"output={files / 'out.json'}"))
+    assert len(json.loads((files / "out.json").read_text())) == count
 
 
 @pytest.mark.parametrize(
@@ -86,7 +104,7 @@ def test_prompts_as_text(files: Path, word: str, count: int):
         (f"prompts={'A' * 300}", SequenceError, "prompt 0: 300 nt is longer than the limit of 256"),
         ("prompts=[]", InputError, "prompts: the request is empty"),
         ("prompts=[AC, AJ]", SequenceError, "prompt 1: letter 'J' at position 2"),
-        ("num_tokens=300", SequenceError, "prompt 0: .* exceed the model's limit of 256"),
+        ("num_tokens=300", SequenceError, r"prompts\.fa, line 1, record 'p0': 8 nt and 300 new tokens exceed .* 256"),
         ("temperature=0", InputError, "temperature must be above 0"),
         ("top_k=-1", InputError, "top_k must be from 0"),
     ],

@@ -29,9 +29,9 @@ def config(files: Path, *words: str) -> ScoreConfig:
     return resolve(ScoreConfig, parse_overrides(given))
 
 
-@pytest.mark.parametrize("records_per_batch", [1, 3, 100])
-def test_every_record_is_scored_in_order(files: Path, records_per_batch: int):
-    assert run(config(files, f"records_per_batch={records_per_batch}")) == str(files / "out.parquet")
+@pytest.mark.parametrize("records_per_part", [1, 3, 100])
+def test_every_record_is_scored_in_order(files: Path, records_per_part: int):
+    assert run(config(files, f"records_per_part={records_per_part}")) == str(files / "out.parquet")
     table = pq.read_table(files / "out.parquet")
     expected = cistron.score_sequences(tiny_evo2(), list(RECORDS.values()))
     assert table["name"].to_pylist() == list(RECORDS)
@@ -78,13 +78,13 @@ def test_proteins_from_a_url_to_a_url(files: Path):
         ("", InputError, "the file is empty"),
     ],
 )
-@pytest.mark.parametrize("records_per_batch", [1, 100])
+@pytest.mark.parametrize("records_per_part", [1, 100])
 def test_a_bad_record_is_named_and_no_output_is_left(
-    files: Path, text: str, error: type[Exception], message: str, records_per_batch: int
+    files: Path, text: str, error: type[Exception], message: str, records_per_part: int
 ):
     (files / "in.fa").write_text(text)
     with pytest.raises(error, match=message):
-        run(config(files, f"records_per_batch={records_per_batch}"))
+        run(config(files, f"records_per_part={records_per_part}"))
     assert {path.name for path in files.iterdir()} == {"evo2", "esm2", "in.fa", "in.faa"}
 
 

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cistron.config import Config
+from cistron.config import Config, merge
 from cistron.data.config import DataConfig
+from cistron.models.published import ALIASES
 from cistron.parallel.module import Precision
 from cistron.parallel.strategy import Fsdp2Config, StrategyConfig
+
+ESM2_DECAY_SHARE: Final = 0.9
+"""Share of the run over which a schedule of kind `esm2` decays, warm-up included."""
+
+
+ESM2_RECIPE: Final[Mapping[str, Any]] = {
+    "optimizer": {"learning_rate": 4e-4, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.01},
+    "schedule": {"kind": "esm2", "warmup_steps": 2000, "min_ratio": 0.1},
+}
+"""How ESM-2 was trained (Lin et al. 2023, supplementary materials)."""
+
+ESM2_15B_RECIPE: Final[Mapping[str, Any]] = {"optimizer": {"learning_rate": 1.6e-4, "weight_decay": 0.1}}
+"""Where the largest one differs."""
 
 
 class OptimizerConfig(Config):
@@ -27,13 +42,20 @@ class OptimizerConfig(Config):
 class ScheduleConfig(Config):
     """The learning rate over the run."""
 
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    kind: Literal["cosine", "linear", "esm2", "constant"] = "cosine"
+    """Form of the decay; esm2 is linear over nine tenths of the run, then constant, as ESM-2 was trained."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear rise to the peak."""
     decay_steps: int | None = Field(default=None, gt=0)
     """Step at which the decay ends and the rate stays; the run's last step if not given."""
     min_ratio: float = Field(default=0.1, ge=0, le=1)
     """Rate at the end of the decay, as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _check_decay(self) -> Self:
+        if self.kind == "esm2" and self.decay_steps is not None:
+            raise ValueError("decay_steps: a schedule of kind esm2 ends its decay at nine tenths of the run")
+        return self
 
 
 class TrainConfig(Config):
@@ -98,9 +120,24 @@ class TrainConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        """Refuse the published warm-up, which an ESM-2 run has without a word, in a run too short for it."""
+        warmup, end = self.schedule.warmup_steps, ESM2_DECAY_SHARE * self.steps
+        if self.schedule.kind == "esm2" and warmup > end:
+            raise ValueError(
+                f"schedule.warmup_steps={warmup} is more than nine tenths of steps={self.steps}: the learning rate "
+                "would never reach its peak; set schedule.warmup_steps, or another schedule.kind"
+            )
+        return self
+
 
 class PretrainConfig(Config):
-    """A whole run."""
+    """A whole run.
+
+    What an ESM-2 run does not say of its optimiser and schedule is as published (:data:`ESM2_RECIPE`), not the default
+    of the field.
+    """
 
     model: str | dict[str, Any]
     """Registry name such as `evo2_7b` or `esm2_t33_650M_UR50D`, or a mapping with `model_type` and its settings."""
@@ -110,3 +147,21 @@ class PretrainConfig(Config):
     """How to train."""
     run_dir: str | None = None
     """Folder or URL of the run; the same command with the same folder resumes. runs/<id> if not given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_recipe(cls, settings: Any) -> Any:
+        """Lay what is given over the published recipe of an ESM-2; faults are left to the fields."""
+        if not isinstance(settings, dict) or not isinstance(settings.get("train"), dict):
+            return settings
+        return {**settings, "train": merge(_recipe(settings.get("model")), settings["train"])}
+
+
+def _recipe(model: Any) -> dict[str, Any]:
+    """Return what is published of the training of `model`, as far as it differs from the fields' defaults."""
+    if isinstance(model, dict):
+        return dict(ESM2_RECIPE) if model.get("model_type") == "esm" else {}
+    name = ALIASES.get(str(model), str(model))
+    if not name.startswith("esm2"):
+        return {}
+    return merge(ESM2_RECIPE, ESM2_15B_RECIPE if name == ALIASES["esm2_15b"] else {})

@@ -14,7 +14,7 @@ from cistron import __version__
 from cistron.io import storage
 from cistron.models.checkpoint import write_checkpoint
 from cistron.models.evo2.config import Evo2Config
-from cistron.models.evo2.convert import to_inference_form
+from cistron.models.evo2.forms import to_inference_form
 from cistron.models.families import ModelConfig
 from cistron.models.registry import config_from
 from cistron.train.callbacks.callback import Run
@@ -31,7 +31,7 @@ def training_form(model: str | Mapping[str, Any]) -> ModelConfig:
         return shape
     chosen = isinstance(model, Mapping) and "parametrization" in model
     form = shape.parametrization if chosen else "training"
-    return shape.model_copy(update={"parametrization": form, "requires_fp8": False})
+    return shape.model_copy(update={"parametrization": form, "requires_fp8": False, "fp8_scales": False})
 
 
 def export_model(run: Run, shape: ModelConfig, destination: str) -> None:

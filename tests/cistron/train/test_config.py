@@ -6,10 +6,11 @@ import pytest
 import torch
 from tests.cistron.train.settings import tiny_run
 
+from cistron.config import resolve
 from cistron.errors import ConfigError
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.model import Esm2
-from cistron.train.config import OptimizerConfig
+from cistron.train.config import OptimizerConfig, PretrainConfig
 from cistron.train.optim import build_optimizer, learning_rate
 
 
@@ -37,6 +38,61 @@ def test_esm2_schedule_is_the_published_one():
         else:
             factor = 0.1
         assert learning_rate(train, s) == pytest.approx(peak * factor)
+
+
+def test_esm2_kind_is_the_published_schedule_by_hand():
+    """Peak 1, 4 steps of warm-up, 40 steps: down by 0.9 over the 32 steps up to step 36, then 0.1."""
+    train = tiny_run(
+        "corpus",
+        "run",
+        steps=40,
+        optimizer={"learning_rate": 1.0},
+        schedule={"kind": "esm2", "warmup_steps": 4},
+    ).train
+    by_hand = {1: 0.25, 2: 0.5, 3: 0.75, 4: 1.0, 12: 0.775, 20: 0.55, 28: 0.325, 36: 0.1, 37: 0.1, 40: 0.1}
+    for step, rate in by_hand.items():
+        assert learning_rate(train, step) == pytest.approx(rate), step
+    odd = tiny_run(
+        "corpus",
+        "run",
+        steps=15,
+        optimizer={"learning_rate": 1.0},
+        schedule={"kind": "esm2", "warmup_steps": 0},
+    ).train
+    # Nine tenths of 15 steps are 13.5: the decay ends between two steps.
+    assert learning_rate(odd, 13) == pytest.approx(1 - 0.9 * 13 / 13.5)
+    assert learning_rate(odd, 14) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "match"),
+    [
+        ({"kind": "esm2", "decay_steps": 5}, "decay_steps: .*nine tenths"),
+        ({"kind": "esm2", "warmup_steps": 6}, "warmup_steps=6 is more than nine tenths of steps=6"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(schedule, match):
+    with pytest.raises(ConfigError, match=match):
+        tiny_run("corpus", "run", schedule=schedule)
+
+
+def test_what_an_esm2_run_does_not_say_is_as_published():
+    def run(model, **train):
+        settings = {"steps": 5000, "global_batch_size": 8, "token_budget": 64, **train}
+        return resolve(PretrainConfig, {"model": model, "data": {"path": "x", "max_length": 32}, "train": settings})
+
+    for model in ("esm2_8m", "esm2_t6_8M_UR50D", {"model_type": "esm", "hidden_size": 8}):
+        train = run(model, optimizer={"learning_rate": 1e-3}).train
+        assert (train.optimizer.learning_rate, train.optimizer.betas, train.optimizer.weight_decay) == (
+            1e-3,
+            (0.9, 0.98),
+            0.01,
+        )
+        assert (train.schedule.kind, train.schedule.warmup_steps) == ("esm2", 2000)
+    assert run("esm2_15b").train.optimizer.learning_rate == 1.6e-4
+    assert run("evo2_7b").train.optimizer == OptimizerConfig()
+    with pytest.raises(ConfigError, match=r"train: schedule\.warmup_steps=2000 is more than nine tenths of steps=100"):
+        run("esm2_8m", steps=100)
 
 
 def test_cosine_schedule_ends_at_the_floor():

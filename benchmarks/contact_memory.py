@@ -1,0 +1,102 @@
+"""Peak memory of ESM-2's contacts (150M shape, T = 1024) above the weights, beside that of all attention maps."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+
+from cistron.models.esm2.config import Esm2Config
+from cistron.models.esm2.model import Esm2
+
+SHAPE: Final = Esm2Config(hidden_size=640, num_hidden_layers=30, num_attention_heads=20)
+TOKENS: Final = 1024
+CHECKED: Final = 96
+"""Tokens of the protein on which both ways are compared: small, so that it does not set the peak."""
+TOLERANCE: Final = 1e-5
+MOST_ALIKE: Final = 1e-2
+LARGEST_SHARE: Final = 0.25
+_MIB: Final = 2**20
+
+
+def run() -> list[dict[str, Any]]:
+    """Return the measurement of a fresh process; too much memory, or contacts that differ, are an error."""
+    command = [sys.executable, "-m", "benchmarks.contact_memory"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AssertionError(f"contacts failed: {done.stderr}")
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if row["share"] >= LARGEST_SHARE:
+        raise AssertionError(f"contacts took {row['share']} of the full maps' memory, asked is < {LARGEST_SHARE}")
+    return [row]
+
+
+@torch.inference_mode()
+def measure() -> dict[str, Any]:
+    """Predict contacts of one protein in this process and return what it took."""
+    torch.set_num_threads(2)
+    model = _model()
+    difference = _difference(model, _protein(CHECKED))
+    if difference > TOLERANCE:
+        raise AssertionError(f"contacts differ from those of the full maps by {difference:.1e}")
+    ids = _protein(TOKENS)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    start = time.perf_counter()
+    model.predict_contacts(ids)
+    seconds = time.perf_counter() - start
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    maps = SHAPE.num_layers * SHAPE.num_attention_heads * TOKENS**2 * 4
+    return {
+        "tokens": TOKENS,
+        "growth_mib": round(growth / _MIB),
+        "full_maps_mib": round(maps / _MIB),
+        "share": round(growth / maps, 3),
+        "asked": f"< {LARGEST_SHARE}",
+        "largest_difference": float(f"{difference:.1e}"),
+        "asked_difference": TOLERANCE,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _model() -> Esm2:
+    """Build the model with weights that attend unevenly, or all contacts would be alike."""
+    model = Esm2(SHAPE).eval()
+    model.init_weights(seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("query.weight", "key.weight")):
+            parameter.normal_(std=2 * SHAPE.hidden_size**-0.5, generator=generator)
+    regression = model.esm.contact_head.regression
+    regression.weight.normal_(generator=generator)
+    return model
+
+
+def _protein(tokens: int) -> torch.Tensor:
+    ids = torch.randint(4, 24, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+    ids[0, 0], ids[0, -1] = 0, 2
+    return ids
+
+
+def _difference(model: Esm2, ids: torch.Tensor) -> float:
+    """Compare with Hugging Face's model, which keeps all maps; it is given the same weights, not a copy."""
+    config = transformers.EsmConfig.from_dict(SHAPE.to_json())
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        twin = transformers.EsmForMaskedLM(config).eval()
+    decoder = model.esm.embeddings.word_embeddings.weight
+    twin.load_state_dict({**model.state_dict(), "lm_head.decoder.weight": decoder}, assign=True)
+    want = twin.predict_contacts(ids, torch.ones_like(ids))
+    if want.std() < MOST_ALIKE:
+        raise AssertionError("the contacts are all alike: comparing them proves nothing")
+    return float((model.predict_contacts(ids) - want).abs().max())
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(measure()) + "\n")

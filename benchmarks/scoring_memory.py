@@ -1,0 +1,122 @@
+"""Peak memory of scoring one long sequence, above the weights: constant without attention, else growing by its KV."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from cistron.inference.score import score_sequences
+from cistron.models.base import SequenceModel
+from cistron.models.registry import build_model
+
+HIDDEN: Final = 128
+ATTENTION_FREE: Final = "SDHSDH"
+WITH_ATTENTION: Final = "SDH*SD"
+CASES: Final = (
+    (ATTENTION_FREE, 100_000),
+    (ATTENTION_FREE, 300_000),
+    (ATTENTION_FREE, 1_000_000),
+    (WITH_ATTENTION, 50_000),
+    (WITH_ATTENTION, 100_000),
+)
+MOST_MIB: Final = 1024
+SLACK_MIB: Final = 64
+"""How much two runs of one case may differ: the allocator's doing, not the length's."""
+TOLERANCE: Final = 1e-4
+_MIB: Final = 2**20
+
+
+def run() -> list[dict[str, Any]]:
+    """Return one row per case; memory above what was asked for, or a wrong score, is an error."""
+    rows = [_in_fresh_process(pattern, length) for pattern, length in CASES]
+    free = [row["growth_mib"] for row in rows if row["pattern"] == ATTENTION_FREE]
+    if max(free) > MOST_MIB or max(free) - min(free) > SLACK_MIB:
+        raise AssertionError(
+            f"without attention, growth must stay under {MOST_MIB} MiB and not depend on length: {rows}"
+        )
+    short, long = (row for row in rows if row["pattern"] == WITH_ATTENTION)
+    if abs((long["growth_mib"] - short["growth_mib"]) - (long["kv_mib"] - short["kv_mib"])) > SLACK_MIB:
+        raise AssertionError(f"with attention, only keys and values may grow: {rows}")
+    return rows
+
+
+def measure(pattern: str, length: int) -> dict[str, Any]:
+    """Score one random sequence of `length` nt in this process and return what it took."""
+    torch.set_num_threads(2)
+    model = _model(pattern)
+    _check_chunks(model)
+    sequence = "".join(random.Random(0).choices("ACGT", k=length))
+    before = _resident_bytes()
+    start = time.perf_counter()
+    score_sequences(model, [sequence])
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "pattern": pattern,
+        "length": length,
+        "growth_mib": round((peak - before) / _MIB, 1),
+        "kv_mib": round(pattern.count("*") * length * 2 * HIDDEN * 4 / _MIB, 1),
+        "asked": f"< {MOST_MIB} MiB, constant" if "*" not in pattern else "grows by kv_mib only",
+        "seconds": round(seconds, 1),
+        "nt_per_s": round(length / seconds),
+    }
+
+
+def _in_fresh_process(pattern: str, length: int) -> dict[str, Any]:
+    """Measure where nothing has been allocated before."""
+    command = [sys.executable, "-m", "benchmarks.scoring_memory", pattern, str(length)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AssertionError(f"{pattern} at {length} nt failed: {done.stderr}")
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def _model(pattern: str) -> SequenceModel:
+    config = {
+        "model_type": "evo2",
+        "hidden_size": HIDDEN,
+        "layer_pattern": pattern,
+        "num_attention_heads": 2,
+        "mlp_size": 2 * HIDDEN,
+        "num_filter_groups": 32,
+        "max_length": 1_048_576,
+    }
+    model = build_model(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # A fresh model finds all letters alike, which would hide a wrong one.
+        for parameter in model.parameters():
+            if parameter.dim() == 2 and min(parameter.shape) >= HIDDEN:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+    return model
+
+
+def _check_chunks(model: SequenceModel) -> None:
+    """Compare a score by chunks with one forward pass; small, so that it does not set the peak."""
+    sequence = "".join(random.Random(1).choices("ACGT", k=1500))
+    whole, by_chunks = (
+        score_sequences(model, [sequence], reduction="none", token_budget=budget)[0].per_token
+        for budget in (len(sequence), 400)
+    )
+    difference = np.abs(whole - by_chunks).max()
+    if difference > TOLERANCE:
+        raise AssertionError(f"by chunks a token's log-probability differs by {difference:.1e}")
+
+
+def _resident_bytes() -> int:
+    """Return the memory that this process holds now (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(measure(sys.argv[1], int(sys.argv[2]))) + "\n")

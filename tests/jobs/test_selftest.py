@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny_models import tiny_esm2, tiny_evo2
+
+from cistron.config import parse_overrides, resolve
+from cistron.errors import InputError, UnknownNameError
+from cistron.evaluation import published
+from cistron.inference.generate import generate
+from cistron.models.checkpoint import save_checkpoint
+from cistron_jobs.cli import main
+from cistron_jobs.selftest import SelftestConfig, lac_operon, run
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    save_checkpoint(tiny_evo2(), tmp_path / "evo2")
+    return tmp_path / "evo2"
+
+
+def config(checkpoint: Path, *words: str) -> SelftestConfig:
+    given = [f"model={checkpoint}", f"run_dir={checkpoint.parent / 'run'}", "length=70", *words]
+    return resolve(SelftestConfig, parse_overrides(given))
+
+
+def summary(checkpoint: Path) -> dict:
+    return json.loads((checkpoint.parent / "run" / "summary.json").read_text())
+
+
+def test_a_random_model_passes_the_battery_and_says_what_it_skipped(checkpoint, capsys):
+    run(config(checkpoint))
+    written = summary(checkpoint)
+    assert written["passed"]
+    assert {"step by step = whole", "packed = one at a time"} <= {check["name"] for check in written["checks"]}
+    assert list(written["skipped"]) == ["published loss, accuracy and identity"]
+    assert written["precision_path"] == "fp32"
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_a_protein_model_has_its_own_battery(tmp_path):
+    save_checkpoint(tiny_esm2(), tmp_path / "esm2")
+    run(config(tmp_path / "esm2"))
+    assert [check["name"] for check in summary(tmp_path / "esm2")["checks"]] == [
+        "padded = one at a time",
+        "packed = one at a time",
+    ]
+    with pytest.raises(InputError, match="known for Evo 2, and this is esm2"):
+        run(config(tmp_path / "esm2", "name=evo2_7b"))
+
+
+def test_a_failed_check_is_written_and_ends_the_command_with_an_error(checkpoint, capsys):
+    # A random model is no evo2_1b_base, so what is published for that cannot come out.
+    words = [f"model={checkpoint}", f"run_dir={checkpoint.parent / 'run'}", "length=20", "name=evo2_1b_base"]
+    assert main(["selftest", *words]) == 1
+    written = summary(checkpoint)
+    assert not written["passed"]
+    failed = [check["name"] for check in written["checks"] if not check["passed"]]
+    assert failed == ["accuracy on the packaged lac operon, %"]
+    assert "checks failed: accuracy on the packaged lac operon" in capsys.readouterr().err
+
+
+def test_names_without_published_numbers_are_told_apart(checkpoint):
+    run(config(checkpoint, "name=evo2_7b_microviridae", "length=20"))
+    assert "no numbers are published" in summary(checkpoint)["skipped"]["published loss, accuracy and identity"]
+    with pytest.raises(UnknownNameError, match="did you mean 'evo2_7b'"):
+        run(config(checkpoint, "name=evo2-7b"))
+
+
+def test_only_the_published_prompts_are_taken(checkpoint):
+    file = checkpoint.parent / "prompts.csv"
+    file.write_text("Sequence,Name\nACGT,x\n")
+    with pytest.raises(InputError, match=r"has sha256 .* which has 371015ef"):
+        run(config(checkpoint, "name=evo2_7b", f"prompts={file}"))
+    assert not (checkpoint.parent / "run").exists()
+
+
+def test_loss_and_accuracy_are_those_of_the_plain_forward_pass():
+    model, prompts, losses, hits = tiny_evo2(), ["ACGTTGCATTGACA" * 4, "GGATCCTTAACG" * 5], [], []
+    for prompt in prompts:
+        ids = torch.tensor(list(prompt.encode()))
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[1:]).item())
+        hits.append((logits.argmax(-1) == ids[1:]).float().mean().item() * 100)
+    expected = published.Published(sum(losses) / 2, sum(hits) / 2)
+    loss, accuracy = published.published_checks(model, expected, prompts)
+    assert loss.measured < 0.02, "bf16 numbers near 6 are 0.03 apart"
+    assert accuracy.measured < 3, "one nucleotide of these is 2 per cent"
+
+
+def test_generated_identity_counts_from_the_middle():
+    model = tiny_evo2()
+    starts = ["ACGTTGCATTGA", "GGATCCTTAACG"]
+    own = [g.text for g in generate(model, starts, num_tokens=12, top_k=1, allowed="ACGT")]
+    prompts = [start + text for start, text in zip(starts, own, strict=True)]
+    assert published.generated_identity(model, prompts, num_tokens=12, allowed="ACGT") == 100
+    prompts[1] = prompts[1][:20] + "NNNN"
+    assert published.generated_identity(model, prompts, num_tokens=12, allowed="ACGT") == pytest.approx(100 * 20 / 24)
+
+
+def test_the_lac_operon_is_the_published_prompt():
+    digest = hashlib.sha256(lac_operon().encode()).hexdigest()
+    assert digest == "fe23adff7ab5242144c41cea922f7c70f04dad31a6681795590ff79743fbd2f3"
