@@ -7,13 +7,6 @@ from torch.nn import functional
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Add a bias and apply the Gaussian error linear unit.
-
-    Args:
-        x: [..., F], a linear layer's product before its bias.
-        bias: [F].
-
-    Returns:
-        [..., F] in the dtype of `x`; the arithmetic is fp32.
-    """
-    return functional.gelu(x.float() + bias.float(), approximate="none").to(x.dtype)
+    """Return the GELU of x [..., F] plus bias [F] in the dtype of `x`; the arithmetic is fp32 or better."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return functional.gelu(x.to(wide) + bias.to(wide), approximate="none").to(x.dtype)

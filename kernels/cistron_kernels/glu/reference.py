@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
 import torch
 from torch.nn import functional
 
-Activation: TypeAlias = Literal["identity", "gelu"]
 
-
-def glu(gate: torch.Tensor, value: torch.Tensor, *, activation: Activation) -> torch.Tensor:
-    """Return ``activation(gate) * value``, elementwise.
-
-    Args:
-        gate: [..., F].
-        value: [..., F].
-        activation: ``gelu`` is the exact one, by erf; ``identity`` makes the unit bilinear.
-    """
-    return (functional.gelu(gate) if activation == "gelu" else gate) * value
+def glu(gate: torch.Tensor, value: torch.Tensor, *, gelu: bool) -> torch.Tensor:
+    """Return gate [..., F], or its GELU, times value [..., F]."""
+    return (functional.gelu(gate) if gelu else gate) * value

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, eps_inside: bool) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, *, eps: float, eps_inside: bool, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Scale the last dimension to unit root mean square, then by `weight`.
 
     Args:
@@ -13,9 +15,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, eps_inside: b
         weight: [H].
         eps: guards the division.
         eps_inside: add `eps` to the mean square (training) instead of to its root (vortex).
+        dtype: of the result; that of `x` if not given. The arithmetic is fp32 or better.
 
     Returns:
-        [..., H] in the dtype of `x`; the arithmetic is fp32 or better.
+        [..., H].
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if eps_inside:
@@ -24,12 +27,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, eps_inside: b
         # The norm's own derivative is defined at a row of zeros; that of sqrt(mean square) is not.
         root_mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * wide.shape[-1] ** -0.5
         scale = 1.0 / (root_mean_square + eps)
-    return (wide * scale * weight).to(x.dtype)
+    return (wide * scale * weight).to(dtype or x.dtype)
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float, eps_inside: bool
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float,
+    eps_inside: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the normalised sum of `x` and `residual`, and the sum, both [..., H]."""
+    """Return the normalised sum of `x` and `residual` in `dtype`, that of `x` if not given; and the sum."""
     total = x + residual
-    return rms_norm(total, weight, eps=eps, eps_inside=eps_inside), total
+    return rms_norm(total, weight, eps=eps, eps_inside=eps_inside, dtype=dtype or x.dtype), total

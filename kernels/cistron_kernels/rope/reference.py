@@ -22,6 +22,14 @@ def rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, sc
     return rotate(x, *rotation(positions, inv_freq, scaling=scaling))
 
 
+def rope_pair(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, scaling: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys by angles that are worked out once."""
+    shared = rotation(positions, inv_freq, scaling=scaling)
+    return rotate(q, *shared), rotate(k, *shared)
+
+
 def rotation(
     positions: torch.Tensor, inv_freq: torch.Tensor, *, scaling: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,68 @@
 """Attention over packed documents."""
 
-from cistron_kernels.varlen_attention.reference import varlen_attention
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from cistron_kernels.checks import check_floating, check_same_device, refuse
+from cistron_kernels.dispatch import takes_triton
+from cistron_kernels.varlen_attention import reference
 
 __all__ = ["varlen_attention"]
+
+LARGEST_HEAD, LARGEST_WIDE_HEAD = 256, 128
+"""Of the Triton kernels in half precision and in fp32: their programs hold whole heads in registers."""
+
+
+def varlen_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *, causal: bool, scale: float
+) -> torch.Tensor:
+    """Run softmax attention inside each document of a packed batch.
+
+    On a GPU, torch's own kernel for packed documents runs where it applies (half precision), Triton's elsewhere.
+
+    Args:
+        q: [T, A, D] queries.
+        k: [T, A, D] keys.
+        v: [T, A, D] values.
+        cu_seqlens: [N+1] int offsets of the documents, from 0 to T. Offsets in host memory spare a device
+            synchronisation, and are checked.
+        causal: a token attends to itself and to what precedes it; otherwise to its whole document.
+        scale: factor of the scores before the softmax.
+
+    Returns:
+        [T, A, D].
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or the offsets do not run from 0 to T without decreasing.
+    """
+    _check(q, k, v, cu_seqlens)
+    largest = LARGEST_WIDE_HEAD if q.dtype == torch.float32 else LARGEST_HEAD
+    if q.shape[-1] <= largest and takes_triton("varlen_attention", q, k, v) and not reference.has_packed_kernel(q):
+        from cistron_kernels.varlen_attention import kernel
+
+        return kernel.varlen_attention(q, k, v, cu_seqlens, causal, scale)[0]
+    return reference.varlen_attention(q, k, v, cu_seqlens, causal=causal, scale=scale)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    op, tensors = "varlen_attention", {"q": q, "k": k, "v": v}
+    if q.dim() != 3 or not q.shape[-1] or k.shape != q.shape or v.shape != q.shape:
+        refuse(op, "q, k and v must be [T, A, D]", **tensors)
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        refuse(op, "q, k and v must have one dtype", **tensors)
+    check_floating(op, **tensors)
+    check_same_device(op, **tensors)
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        refuse(op, "cu_seqlens must be [N+1] int32 or int64", cu_seqlens=cu_seqlens, **tensors)
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != len(q) or any(b < a for a, b in pairwise(offsets)):
+            problem = f"cu_seqlens must run from 0 to {len(q)} without decreasing, not {_abridged(offsets)}"
+            refuse(op, problem, cu_seqlens=cu_seqlens, **tensors)
+
+
+def _abridged(offsets: list[int]) -> str:
+    return f"[{', '.join(map(str, offsets[:16]))}{', ...' if len(offsets) > 16 else ''}]"

@@ -17,20 +17,7 @@ _LARGEST_HEAD: Final = 256
 def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *, causal: bool, scale: float
 ) -> torch.Tensor:
-    """Run softmax attention inside each document of a packed batch.
-
-    Args:
-        q: [T, A, D] queries.
-        k: [T, A, D] keys.
-        v: [T, A, D] values.
-        cu_seqlens: [N+1] int offsets of the documents, from 0 to T. Offsets in host memory spare a device
-            synchronisation.
-        causal: a token attends to itself and to what precedes it; otherwise to its whole document.
-        scale: factor of the scores before the softmax.
-
-    Returns:
-        [T, A, D].
-    """
+    """Run softmax attention inside each document of packed q, k, v [T, A, D], by torch's own kernels."""
     if has_packed_kernel(q):
         return _in_one_kernel(q, k, v, cu_seqlens, causal=causal, scale=scale)
     parts, start = [], 0
@@ -40,7 +27,7 @@ def varlen_attention(
             run = (tensor[start:stop].reshape(-1, length, *tensor.shape[1:]) for tensor in (q, k, v))
             parts.append(_attention(*run, causal=causal, scale=scale))
         start = stop
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else torch.empty_like(q)
 
 
 def has_packed_kernel(q: torch.Tensor) -> bool:

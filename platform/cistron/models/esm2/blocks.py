@@ -12,8 +12,8 @@ from torch.nn import functional
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.layout import Layout
 from cistron.models.layers.linear import GeluLinear, Linear
-from cistron_kernels.layer_norm import layer_norm
-from cistron_kernels.rope import rotate
+from cistron_kernels.layer_norm import add_layer_norm, layer_norm
+from cistron_kernels.rope import rotate_pair
 from cistron_kernels.varlen_attention import varlen_attention
 
 
@@ -31,6 +31,14 @@ class LayerNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise [..., H]."""
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class AddLayerNorm(LayerNorm):
+    """The same norm behind a residual addition."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """Return the normalised sum of x and residual [..., H], and the sum."""
+        return add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps)
 
 
 class Dense(nn.Module):
@@ -77,7 +85,7 @@ class SelfAttention(nn.Module):
         The published model scales queries before it rotates them. A rotation is linear, so that is the same.
         """
         q, k = self._heads(self.query(x)), self._heads(self.key(x))
-        return rotate(q, *layout.rotation), rotate(k, *layout.rotation)
+        return rotate_pair(q, k, *layout.rotation)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:-1], -1, self.head_size)
@@ -95,8 +103,8 @@ class Attention(nn.Module):
         self.output = Dense(Linear(config.hidden_size, config.hidden_size, device=device, dtype=dtype))
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Add attention to the residual stream [..., H]."""
-        return x + self.output(self.self(self.LayerNorm(x), layout))
+        """Return what attention adds to the residual stream [..., H]."""
+        return self.output(self.self(self.LayerNorm(x), layout))
 
 
 class Block(nn.Module):
@@ -107,15 +115,15 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.attention = Attention(config, device=device, dtype=dtype)
-        self.LayerNorm = LayerNorm(config, device=device, dtype=dtype)
+        self.LayerNorm = AddLayerNorm(config, device=device, dtype=dtype)
         width, inner = config.hidden_size, config.intermediate_size
         self.intermediate = Dense(GeluLinear(width, inner, device=device, dtype=dtype))
         self.output = Dense(Linear(inner, width, device=device, dtype=dtype))
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Map the residual stream [B, L, H] or [T, H] to the next."""
-        x = self.attention(x, layout)
-        return x + self.output(self.intermediate(self.LayerNorm(x)))
+        normalised, x = self.LayerNorm(self.attention(x, layout), x)
+        return x + self.output(self.intermediate(normalised))
 
     def query_key(self, x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
         """Return this block's rotated queries and keys [..., A, D] for the residual stream that enters it."""

@@ -13,7 +13,8 @@ from cistron.models.evo2.cache import AttentionState
 from cistron.models.evo2.config import Evo2Config
 from cistron.models.evo2.layout import Layout
 from cistron.models.layers.buffers import Fp32Buffers
-from cistron_kernels.rope import rope
+from cistron.models.layers.linear import Linear
+from cistron_kernels.rope import rope_pair
 from cistron_kernels.varlen_attention import varlen_attention
 
 _QUERY_BLOCK: Final = 1024
@@ -29,9 +30,9 @@ class Rotary(Fp32Buffers):
         self.inv_freq: torch.Tensor
         self.register_buffer("inv_freq", torch.empty(config.head_size // 2, dtype=torch.float32))
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Rotate [..., L, A, D] to `positions` [..., L]."""
-        return rope(x, positions, self.inv_freq, scaling=self.scaling)
+    def forward(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate queries and keys [..., L, A, D] to `positions` [..., L]."""
+        return rope_pair(q, k, positions, self.inv_freq, scaling=self.scaling)
 
 
 class Attention(nn.Module):
@@ -41,14 +42,14 @@ class Attention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.num_heads, self.head_size = config.num_attention_heads, config.head_size
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.output = nn.Linear(width, width, bias=config.attention_output_bias)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.output = Linear(width, width, bias=config.attention_output_bias)
         self.rotary = Rotary(config)
 
     def forward(self, x: torch.Tensor, layout: Layout, state: AttentionState | None = None) -> torch.Tensor:
         """Attend: [B, L, H] or [T, H] to the same shape; `state` is updated in place."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_size)).unbind(dim=-3)
-        q, k = self.rotary(q, layout.positions), self.rotary(k, layout.positions)
+        q, k = self.rotary(q, k, layout.positions)
         scale = self.head_size**-0.5
         if layout.cu_seqlens is not None:
             out = varlen_attention(q, k, v, layout.cu_seqlens, causal=True, scale=scale)

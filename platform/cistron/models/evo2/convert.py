@@ -27,6 +27,7 @@ from cistron.models.dcp import from_dcp, write_dcp
 from cistron.models.evo2 import mbridge, mbridge_settings, savanna, savanna_settings, vortex
 from cistron.models.evo2.config import Evo2Config
 from cistron.models.evo2.forms import NamedTensors, TensorStream, to_inference_form, to_training_form
+from cistron.models.evo2.fp8_need import with_known_need
 from cistron.models.evo2.ranks import open_ranks, rank_files
 from cistron.models.evo2.settings import is_native
 from cistron.models.evo2.spelling import Spelling, read_native, stored_scales
@@ -85,7 +86,7 @@ def write_vortex(config: Evo2Config, tensors: NamedTensors, destination: Path) -
     """
     config, tensors = to_inference_form(config, tensors)
     if config.norm_eps_inside:
-        logger.info("%s: vortex adds norm_eps outside the root, this model under it", destination)
+        logger.info("vortex adds norm_eps outside the root, this model under it")
     settings = vortex.config_to_vortex(config)
     write_file(config, vortex.vortex_spelling(config), tensors, destination, settings)
 
@@ -131,7 +132,7 @@ def write_savanna(config: Evo2Config, tensors: NamedTensors, destination: Path) 
         CheckpointError: savanna has no place for a feature of `config`.
     """
     settings = savanna_settings.config_to_savanna(config)
-    config, tensors = _trainable(config, tensors, destination)
+    config, tensors = _trainable(config, tensors)
     write_file(config, savanna.savanna_spelling(config), tensors, destination, settings, key="module")
 
 
@@ -183,9 +184,9 @@ def write_mbridge(config: Evo2Config, tensors: NamedTensors, destination: Path) 
     Raises:
         CheckpointError: (from the stream) the rotary frequencies are none that the format's readers could know.
     """
-    config, tensors = _trainable(config, tensors, destination)
+    config, tensors = _trainable(config, tensors)
     if config.fp8_scales:
-        logger.warning("%s: dropping the FP8 scales, for which the format has no place of its own", destination)
+        logger.warning("dropping the FP8 scales, for which mbridge has no place of its own")
     plain = config.model_copy(update={"fp8_scales": False})
     rounded: set[bool] = set()
     kept = mbridge.storable(plain, tensors, rounded)
@@ -211,12 +212,12 @@ def _followed_by(tensors: TensorStream, more: Mapping[str, torch.Tensor]) -> Ite
     yield from more.items()
 
 
-def _trainable(config: Evo2Config, tensors: NamedTensors, destination: Path) -> tuple[Evo2Config, TensorStream]:
+def _trainable(config: Evo2Config, tensors: NamedTensors) -> tuple[Evo2Config, TensorStream]:
     """Return the training form, and say what it cannot bring back."""
     if config.parametrization == "inference":
-        logger.warning("%s: the factors of the filters are not known; writing ones of the same function", destination)
+        logger.warning("the factors of the filters are not known; writing ones of the same function")
     if not config.norm_eps_inside:
-        logger.info("%s: the format's software adds norm_eps under the root, this model outside it", destination)
+        logger.info("the format's software adds norm_eps under the root, this model outside it")
     return to_training_form(config, tensors)
 
 
@@ -229,9 +230,10 @@ def _configuration(
 ) -> Evo2Config:
     """Return the configuration from the caller, the file's notes, or the published model of the file's name."""
     if given and is_native(given):
-        return Evo2Config.from_json({**format_is, **given, "parametrization": format_is["parametrization"]})
+        config = Evo2Config.from_json({**format_is, **given, "parametrization": format_is["parametrization"]})
+        return with_known_need(config, given, path)
     if settings := {**noted, **(given or {})}:
-        return parse(settings)
+        return with_known_need(parse(settings), settings, path)
     name = path.name.partition(".")[0].removeprefix("savanna_")
     published = {spec.name: spec.config for spec in all_specs()}.get(name)
     if not isinstance(published, Evo2Config):

@@ -20,7 +20,8 @@ from cistron.models.evo2.cache import FirState, HyenaState
 from cistron.models.evo2.config import HCL, HCM, HCS, Evo2Config
 from cistron.models.evo2.layout import Layout
 from cistron.models.layers.fp8 import Fp8Projection
-from cistron_kernels.decode_step import fir_step, modal_step
+from cistron.models.layers.linear import Linear
+from cistron_kernels.decode_step import gated_fir_step, gated_modal_step
 from cistron_kernels.hyena_fir import TapOrder, hyena_fir
 from cistron_kernels.modal_scan import modal_scan
 
@@ -50,6 +51,10 @@ class Operator(Protocol):
         """Map z [B, H, L] to y [B, H, L] and the state after each row's last real token, which may reuse `state`."""
         ...
 
+    def step(self, projected: torch.Tensor, projection_taps: torch.Tensor, state: HyenaState) -> torch.Tensor:
+        """Map one projected token [B, 3H] to the gated output [B, H], short filter and gates included, in place."""
+        ...
+
 
 class HcsFilter(nn.Module):
     """A few taps per group of channels, in correlation order; NVIDIA's variant adds a skip term per group."""
@@ -68,6 +73,10 @@ class HcsFilter(nn.Module):
     ) -> tuple[torch.Tensor, FirState | None]:
         """Filter z [B, H, L]; the state holds the last inputs."""
         return filtered(z, self.taps, order=self.order, skip=self.skip, state=state, lengths=lengths)
+
+    def step(self, projected: torch.Tensor, projection_taps: torch.Tensor, state: HyenaState) -> torch.Tensor:
+        """Map one projected token [B, 3H] to the gated output [B, H]."""
+        return fir_step(projected, projection_taps, self.taps, state, order=self.order, skip=self.skip)
 
 
 class HcmFilter(nn.Module):
@@ -89,6 +98,10 @@ class HcmFilter(nn.Module):
     ) -> tuple[torch.Tensor, FirState | None]:
         """Filter z [B, H, L]; the state holds the last inputs."""
         return filtered(z, self.effective_taps(), order=self.order, skip=self.skip, state=state, lengths=lengths)
+
+    def step(self, projected: torch.Tensor, projection_taps: torch.Tensor, state: HyenaState) -> torch.Tensor:
+        """Map one projected token [B, 3H] to the gated output [B, H]."""
+        return fir_step(projected, projection_taps, self.effective_taps(), state, order=self.order, skip=self.skip)
 
 
 class HcmTrainingFilter(Fp32Module, HcmFilter):
@@ -125,12 +138,14 @@ class HclFilter(Fp32Module):
         self, z: torch.Tensor, *, state: torch.Tensor | None = None, lengths: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Filter z [B, H, L]; the state is [B, H, S]."""
-        log_poles = self.effective_log_poles()
-        if state is not None and lengths is None and z.shape[-1] == 1:
-            y = modal_step(z[..., 0], log_poles, self.residues, state)[..., None]
-        else:
-            y, state = modal_scan(z, log_poles, self.residues, state=state, lengths=lengths)
+        y, state = modal_scan(z, self.effective_log_poles(), self.residues, state=state, lengths=lengths)
         return y + self.skip.to(z.dtype)[:, None] * z, state
+
+    def step(self, projected: torch.Tensor, projection_taps: torch.Tensor, state: HyenaState) -> torch.Tensor:
+        """Map one projected token [B, 3H] to the gated output [B, H]."""
+        modal, ring = cast("torch.Tensor", state.operator), state.projection
+        filters = projection_taps, self.effective_log_poles(), self.residues, self.skip
+        return gated_modal_step(projected, *filters, ring.inputs, modal, ring.next_slot())
 
 
 class HclTrainingFilter(HclFilter):
@@ -154,10 +169,13 @@ class HyenaMixer(nn.Module):
         self.projection = Fp8Projection(width, 3 * width, stored_scales=config.fp8_scales)
         self.projection_taps = nn.Parameter(torch.empty(3 * width, config.short_filter_length))
         self.filter = make_filter(config, symbol)
-        self.output = nn.Linear(width, width)
+        self.output = Linear(width, width)
 
     def forward(self, x: torch.Tensor, layout: Layout, state: HyenaState | None = None) -> torch.Tensor:
         """Mix along the sequence: [B, L, H] or [T, H] to the same shape; `state` is updated in place."""
+        if state is not None and layout.lengths is None and x.shape[1] == 1:
+            operator = cast("Operator", self.filter)
+            return self.output(operator.step(self.projection(x)[:, 0], self.projection_taps, state)[:, None])
         return self.output(layout.by_document(lambda rows: self._mix(rows, layout, state), self.projection(x)))
 
     def _mix(self, rows: torch.Tensor, layout: Layout, state: HyenaState | None) -> torch.Tensor:
@@ -199,14 +217,26 @@ def filtered(
     state: FirState | None = None,
     lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, FirState | None]:
-    """Run a finite filter over [B, C, L]: a single token that continues a row takes the cheaper step, in place."""
+    """Run a finite filter over [B, C, L]."""
     if state is None:
         return hyena_fir(x, taps, order=order, skip=skip)[0], None
-    if lengths is not None or x.shape[-1] > 1:
-        y, last = hyena_fir(x, taps, order=order, skip=skip, history=state.last(), lengths=lengths)
-        return y, FirState.of(last.to(state.inputs.dtype))
-    y = fir_step(x[..., 0], taps, state.inputs, state.next_slot(), order=order, skip=skip)
-    return y[..., None], state
+    y, last = hyena_fir(x, taps, order=order, skip=skip, history=state.last(), lengths=lengths)
+    return y, FirState.of(last.to(state.inputs.dtype))
+
+
+def fir_step(
+    projected: torch.Tensor,
+    projection_taps: torch.Tensor,
+    taps: torch.Tensor,
+    state: HyenaState,
+    *,
+    order: TapOrder,
+    skip: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run one token of an HCS or HCM layer between its projections, [B, 3H] -> [B, H]."""
+    first, ring = state.projection, cast("FirState", state.operator)
+    slots = first.next_slot(), ring.next_slot()
+    return gated_fir_step(projected, projection_taps, taps, first.inputs, ring.inputs, *slots, order=order, skip=skip)
 
 
 def decayed_taps(taps: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:

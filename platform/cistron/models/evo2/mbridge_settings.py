@@ -62,11 +62,11 @@ def config_from_mbridge(settings: Mapping[str, Any], source: TensorSource, *, pa
     Raises:
         ConfigError: a setting is missing, out of range, or makes another model than an Evo 2.
     """
+    settings = {key: value for key, value in settings.items() if value is not None}  # Null means the default.
     width = need(settings, "hidden_size", source=path)
     groups = need(settings, "num_groups_hyena_medium", source=path)
     shared = {"num_groups_hyena": width, "num_groups_hyena_short": groups}
-    check_constants({key: value for key, value in settings.items() if value is not None}, shared, source=path)
-    check_constants(settings, _CONSTANT, source=path)
+    check_constants(settings, {**_CONSTANT, **shared}, source=path)
     arc_style = settings.get("remove_activation_post_first_layer", True)
     return Evo2Config.from_json(
         {
@@ -81,7 +81,7 @@ def config_from_mbridge(settings: Mapping[str, Any], source: TensorSource, *, pa
             "num_filter_groups": groups,
             "state_size": settings.get("hyena_filter_order", 16),
             "rotary_base": settings.get("rotary_base", 10_000),
-            "rotary_scaling": settings.get("seq_len_interpolation_factor") or 1,
+            "rotary_scaling": settings.get("seq_len_interpolation_factor", 1),
             "max_length": need(settings, "seq_length", source=path),
             "norm_eps": settings.get("layernorm_epsilon", 1e-6),
             "norm_eps_inside": True,
@@ -134,6 +134,7 @@ def run_config(config: Evo2Config, *, round_inv_freq: bool) -> str:
     own = {
         "round_inv_freq": round_inv_freq,
         "filter_cache_length": config.filter_cache_length,
+        "requires_fp8": config.requires_fp8,
         # The provider takes these from constants of its own.
         "short_conv_L": config.short_filter_length,
         "hyena_short_conv_len": config.hcs_filter_length,

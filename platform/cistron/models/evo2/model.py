@@ -21,62 +21,16 @@ from torch.nn import functional
 from cistron.errors import InputError
 from cistron.models.base import Objective, SequenceModel
 from cistron.models.evo2 import attention, hyena
-from cistron.models.evo2.cache import Cache, LayerState
+from cistron.models.evo2.blocks import Block, RmsNorm
+from cistron.models.evo2.cache import Cache
 from cistron.models.evo2.config import ATTENTION, HCL, HCM, HCS, Evo2Config
 from cistron.models.evo2.initial import initial_tensor
 from cistron.models.evo2.layout import Layout, cached_layout, packed_layout, padded_layout
 from cistron.models.layers.buffers import Fp32Buffers
+from cistron.models.layers.linear import Linear
 from cistron.models.naming import EMBEDDING, FINAL_NORM, LOGITS, block_name, canonical_layer, parsed_inner_name
 from cistron.models.outputs import ModelOutput, recorded
 from cistron.tokenizers import ByteTokenizer
-from cistron_kernels.glu import Activation, glu
-from cistron_kernels.rms_norm import rms_norm
-
-
-class RmsNorm(nn.Module):
-    """Root-mean-square norm over the hidden dimension."""
-
-    def __init__(self, config: Evo2Config) -> None:
-        super().__init__()
-        self.eps, self.eps_inside = config.norm_eps, config.norm_eps_inside
-        self.weight = nn.Parameter(torch.empty(config.hidden_size))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise [..., H]."""
-        return rms_norm(x, self.weight, eps=self.eps, eps_inside=self.eps_inside)
-
-
-class Mlp(nn.Module):
-    """A gated linear unit between two projections, without biases."""
-
-    def __init__(self, config: Evo2Config, activation: Activation) -> None:
-        super().__init__()
-        self.activation: Activation = activation
-        self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.value = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.output = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [..., H] to [..., H]."""
-        return self.output(glu(self.gate(x), self.value(x), activation=self.activation))
-
-
-class Block(nn.Module):
-    """One layer: mixer and MLP, each behind a norm and beside the residual stream."""
-
-    def __init__(self, config: Evo2Config, index: int) -> None:
-        super().__init__()
-        symbol = config.layer_pattern[index]
-        gelu = config.mlp_activation == "gelu" or index == 0
-        self.mixer_norm = RmsNorm(config)
-        self.mixer = attention.Attention(config) if symbol == ATTENTION else hyena.HyenaMixer(config, symbol)
-        self.mlp_norm = RmsNorm(config)
-        self.mlp = Mlp(config, "gelu" if gelu else "identity")
-
-    def forward(self, x: torch.Tensor, layout: Layout, state: LayerState | None = None) -> torch.Tensor:
-        """Map the residual stream [B, L, H] or [T, H] to the next; `state` is updated in place."""
-        x = x + self.mixer(self.mixer_norm(x), layout, state)
-        return x + self.mlp(self.mlp_norm(x))
 
 
 class Evo2(SequenceModel):
@@ -103,9 +57,9 @@ class Evo2(SequenceModel):
             self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
             self._modules["blocks"] = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
             self.final_norm = RmsNorm(config)
-            self.unembed: nn.Linear | None = None
+            self.unembed: Linear | None = None
             if not config.tie_embeddings:
-                self.unembed = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+                self.unembed = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.to(dtype or torch.get_default_dtype())
         target = torch.device(device) if device is not None else torch.get_default_device()
         if target.type != "meta":
@@ -116,6 +70,11 @@ class Evo2(SequenceModel):
     def blocks(self) -> Sequence[nn.Module]:
         """The layers, in order."""
         return cast("Sequence[nn.Module]", self._modules["blocks"])
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The matrix [V, H] whose product with the representation after the final norm are the logits."""
+        return self.embedding.weight if self.unembed is None else self.unembed.weight
 
     @property
     def fp32_names(self) -> frozenset[str]:
@@ -158,6 +117,7 @@ class Evo2(SequenceModel):
         cu_seqlens: torch.Tensor | None = None,
         hidden_states: Sequence[str | int] = (),
         cache: Cache | None = None,
+        with_logits: bool = True,
     ) -> ModelOutput:
         """Run the model.
 
@@ -167,6 +127,7 @@ class Evo2(SequenceModel):
             cu_seqlens: [N+1] int, offsets of the packed documents, from 0 to T.
             hidden_states: names or indices of the representations to return.
             cache: continue its rows with `input_ids`, any number of tokens at a time, and update it; without gradients.
+            with_logits: multiply by `head`. Otherwise the logits are of no token id, [B, L, 0] or [T, 0].
 
         Raises:
             InputError: the shapes contradict each other, or `cache` is given with packed input.
@@ -175,7 +136,7 @@ class Evo2(SequenceModel):
         names = {canonical_layer(layer, num_layers=self.config.num_layers) for layer in hidden_states}
         layout = _layout(input_ids, attention_mask, cu_seqlens, cache)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None), recorded(self._inner(names)) as inner:
-            logits, found = self._run(input_ids, layout, cache, names)
+            logits, found = self._run(input_ids, layout, cache, names, with_logits=with_logits)
         if cache is not None:
             cache.advance(input_ids.shape[1] if layout.lengths is None else layout.lengths)
         return ModelOutput(logits=logits, hidden_states=found | inner)
@@ -210,7 +171,7 @@ class Evo2(SequenceModel):
         return float(width * (matrices + filters + config.count(ATTENTION) * 2 * (length + 1)))
 
     def _run(
-        self, input_ids: torch.Tensor, layout: Layout, cache: Cache | None, names: set[str]
+        self, input_ids: torch.Tensor, layout: Layout, cache: Cache | None, names: set[str], *, with_logits: bool
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the logits and the representations of the given canonical names."""
         found: dict[str, torch.Tensor] = {}
@@ -224,6 +185,8 @@ class Evo2(SequenceModel):
         for index, block in enumerate(self.blocks):
             x = keep(block_name(index), block(x, layout, None if cache is None else cache.layers[index]))
         x = keep(FINAL_NORM, self.final_norm(x))
+        if not with_logits:
+            return keep(LOGITS, x[..., :0]), found
         logits = functional.linear(x, self.embedding.weight) if self.unembed is None else self.unembed(x)
         return keep(LOGITS, logits), found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,6 +14,8 @@ import torch
 from cistron.errors import CheckpointError, CheckpointNotFoundError
 from cistron.models.evo2.weight_files import Unwrap, as_source, read_pickle
 from cistron.models.sources import TensorSource
+
+logger = logging.getLogger(__name__)
 
 CutAxis: TypeAlias = Callable[[str], int | None]
 """The dimension along which ranks cut a tensor, by name; None for one that every rank holds whole."""
@@ -49,6 +52,8 @@ def open_ranks(folder: Path, axis_of: CutAxis, *, trust_pickle: bool, unwrap: Un
             raise CheckpointNotFoundError(
                 f"{folder / f'mp_rank_{rank:02d}_model_states.pt'} does not exist, and the run had {count} ranks"
             )
+    if not stated:
+        logger.info("%s: taking its %d ranks for all that there were, as no file says it", folder, count)
     shards = [as_source(unwrap(contents[rank]), files[rank]) for rank in range(count)]
     return _merged(shards, axis_of, [files[rank] for rank in range(count)])
 

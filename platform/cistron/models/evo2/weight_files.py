@@ -103,10 +103,11 @@ def as_source(content: Mapping[Any, Any], shown: Path) -> TensorSource:
     """
     tensors: dict[str, torch.Tensor] = {}
     streams: dict[str, Callable[[], Sequence[bytes]]] = {}
-    for name, value in content.items():
+    for key, value in content.items():
+        name = str(key)
         if isinstance(value, torch.Tensor):
             tensors[name] = value
-        elif STATE.fullmatch(str(name)):
+        elif STATE.fullmatch(name):
             streams[name] = partial(_stream, value)
         else:
             raise CheckpointError(f"{shown}: {name} is a {type(value).__name__}, not a tensor")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from cistron.models.evo2.config import Evo2Config
 from cistron.models.evo2.forms import NamedTensors
 from cistron.models.evo2.spelling import Spelling, foreign_names, write_foreign
-from cistron.models.streaming import write_safetensors
+from cistron.models.streaming import mapped_tensors, write_safetensors
 
 
 def write_file(
@@ -37,12 +35,9 @@ def write_file(
         torch.save(stored if key is None else {key: stored}, destination)
 
 
-@contextmanager
 def mapped(
     config: Evo2Config, spelling: Spelling, tensors: NamedTensors, folder: Path
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the foreign tensors all at once, mapped from a temporary file so that memory need not hold them."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".safetensors") as file:
-        stream = write_foreign(config, spelling, tensors)
-        write_safetensors(Path(file.name), stream, names=foreign_names(config, spelling), metadata={})
-        yield load_file(file.name)
+) -> AbstractContextManager[dict[str, torch.Tensor]]:
+    """Return a context of all foreign tensors at once, mapped from a temporary file: memory need not hold them."""
+    stream = write_foreign(config, spelling, tensors)
+    return mapped_tensors(stream, names=foreign_names(config, spelling), folder=folder)
