@@ -72,7 +72,8 @@ def evaluate(scoring: VariantsConfig, *, table: str, run_dir: str | None, resamp
     _write_scores(folder / "scores.parquet", rows, scored)
     delta = scored["score"].to_numpy(zero_copy_only=False)
     results = _measured(rows, delta, resamples=resamples, seed=seed)
-    _draw(folder / "report", rows, delta, {name: results[name] for name in (MODEL, BASELINE)})
+    compared = {name: results[name] for name in (MODEL, BASELINE)}
+    _draw(folder / "report", rows, delta, compared, subtitle=_how(scoring))
     summary = {
         "benchmark": "brca1",
         "settings": {**scoring.model_dump(mode="json"), "data": table, "resamples": resamples, "seed": seed},
@@ -157,14 +158,27 @@ def _measured(
 
 
 def _draw(
-    folder: Path, rows: Sequence[EditedVariant], delta: NDArray[np.float64], results: dict[str, Discrimination]
+    folder: Path,
+    rows: Sequence[EditedVariant],
+    delta: NDArray[np.float64],
+    results: dict[str, Discrimination],
+    *,
+    subtitle: str,
 ) -> None:
     classes = np.array([row.function_class for row in rows])
     groups = {_CLASS_NAMES[name]: delta[classes == name] for name in FUNCTION_CLASSES[::-1]}
-    title, label = "BRCA1 variants", "log-likelihood of the variant minus that of the reference, nats"
-    plot_strip(groups, folder / "brca1_strip.png", title=f"{title}: score by function", label=label)
-    plot_roc(results, folder / "brca1_roc.png", title=f"{title}: ROC", positive=_CLASS_NAMES["LOF"])
-    plot_pr(results, folder / "brca1_pr.png", title=f"{title}: precision and recall", positive=_CLASS_NAMES["LOF"])
+    title = f"BRCA1, {len(rows):,} variants (Findlay et al. 2018)\n{subtitle}"
+    label, positive = "log-likelihood of the variant minus that of the reference (nats)", _CLASS_NAMES["LOF"]
+    plot_strip(groups, folder / "brca1_strip.png", title=title, label=label)
+    plot_roc(results, folder / "brca1_roc.png", title=title, positive=positive)
+    plot_pr(results, folder / "brca1_pr.png", title=title, positive=positive)
+
+
+def _how(scoring: VariantsConfig) -> str:
+    """Return the model and how its scores came about, for people."""
+    window = checked_window(model_shell(scoring), scoring.window)
+    strands = "both strands" if scoring.reverse_complement else "one strand"
+    return f"{storage.name_of(scoring.model)}, window of {window:,} nt, {strands}"
 
 
 def _numbers(result: Discrimination) -> dict[str, Any]:

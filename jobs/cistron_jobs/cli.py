@@ -26,10 +26,11 @@ JOBS: Final = {
     "generate": "continue DNA prompts",
     "prepare_data": "turn FASTA or Parquet into tokenised shards",
     "pretrain": "train a model on prepared shards",
+    "protein_variants": "score substitutions in proteins: those of a table, or all of them",
     "score": "score the sequences of a FASTA file",
     "selftest": "check that a model computes what it should, against itself and published numbers",
     "serve": "serve models over HTTP",
-    "variants": "score the variants of a VCF or table, into Parquet and an annotated VCF",
+    "variants": "score DNA variants of a VCF or table, into Parquet and an annotated VCF",
 }
 """Every job with its one-line help."""
 

@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 
 from cistron.config import Config
-from cistron.models.convert import NATIVE, convert_checkpoint
+from cistron.models.convert import convert_checkpoint
+from cistron.models.detect import AUTO, NATIVE
 from cistron.models.evo2.config import Parametrization
 
 logger = logging.getLogger(__name__)
@@ -19,10 +20,10 @@ class ConvertConfig(Config):
     """File or folder to convert."""
     destination: str
     """What to write; must not exist yet."""
-    source_format: str
-    """vortex, savanna, mbridge, hf, fair-esm or cistron."""
+    source_format: str = AUTO
+    """vortex, savanna, mbridge (Evo 2), hf, fair-esm, bionemo-te (ESM-2), cistron; auto tells by the files."""
     target_format: str = NATIVE
-    """The same choice."""
+    """The same choice, except auto. A fair-esm destination that ends in .pt is what fair-esm itself loads."""
     config: str | None = None
     """JSON or YAML file with the source's configuration in its own field names, where the source does not say."""
     parametrization: Parametrization | None = None

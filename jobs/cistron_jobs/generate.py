@@ -12,8 +12,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, Pos
 
 from cistron.config import listed
 from cistron.errors import InputError, SequenceError
-from cistron.inference.batching import length_limit
+from cistron.inference.batching import checked_sequences, length_limit
 from cistron.inference.generate import PREFILL_CHUNK, generate
+from cistron.inference.generation_request import check_room, no_room
 from cistron.inference.sampling import prompt_seeds
 from cistron.io import storage
 from cistron.io.fasta import FastaRecord
@@ -66,13 +67,14 @@ def run(config: GenerateConfig) -> str | None:
         CistronError: an input that cannot be used; no output is left behind.
     """
     # The settings of a run without tokens are checked all the same, and a model without weights suffices for it.
-    generate(model_shell(config), ["A"], num_tokens=0, **_sampling(config))
+    shell = model_shell(config)
+    generate(shell, ["A"], num_tokens=0, **_sampling(config))
     from_file = isinstance(config.prompts, str) and bool(config.prompts) and storage.exists(config.prompts)
     if from_file and config.output is not None:
         parts, compute = partial(_parts, config), partial(_continued, config=config)
         run_bulk(config, BulkJob("generate", config.output, ("prompts",), parts, compute, write))
         return config.output
-    records = list(_from_file(config)) if from_file else _from_text(config.prompts)
+    records = list(_from_file(config)) if from_file else _from_text(config, shell)
     generations = _continued(open_model(config), _table(list(_seeded(records, config.seed))), config=config)
     if config.output is None:
         show(generations)
@@ -97,17 +99,15 @@ def _from_file(config: GenerateConfig) -> Iterator[FastaRecord]:
     limit = None if config.extend_context else length_limit(model_shell(config))
 
     def check(sequence: str, place: str) -> None:
-        if limit is not None and len(sequence) + config.num_tokens > limit:
-            raise SequenceError(
-                f"{place}: {len(sequence):,} nt and {config.num_tokens:,} new tokens exceed the model's limit of "
-                f"{limit:,}"
-            )
+        if limit is not None and (excess := no_room(len(sequence), config.num_tokens, limit)):
+            raise SequenceError(f"{place}: {excess}; extend_context=true generates beyond it")
 
-    return checked_records(config, str(config.prompts), check, limited=not config.extend_context)
+    return checked_records(config, str(config.prompts), check, limited=False)
 
 
-def _from_text(prompts: str | Sequence[str]) -> list[FastaRecord]:
-    """Return prompts that are not a file as records."""
+def _from_text(config: GenerateConfig, shell: SequenceModel) -> list[FastaRecord]:
+    """Return prompts that are not a file as records, which all can be continued."""
+    prompts: str | Sequence[str] = config.prompts
     if isinstance(prompts, str):
         if not prompts:
             raise InputError("prompts: the request is empty")
@@ -117,7 +117,11 @@ def _from_text(prompts: str | Sequence[str]) -> list[FastaRecord]:
             shown = prompts if len(prompts) <= _LETTERS_SHOWN else f"{prompts[:_LETTERS_SHOWN]}..."
             reason = "" if {".", "/"} & set(prompts) else f" ({error})"
             raise InputError(f"prompts: no such file, and not a DNA sequence: {shown}{reason}") from error
-    return [FastaRecord(f"prompt_{index}", "", prompt) for index, prompt in enumerate(prompts)]
+    checked = checked_sequences(shell, prompts, what="prompt", limited=False)
+    limit = length_limit(shell)
+    if limit is not None and not config.extend_context:
+        check_room(checked, config.num_tokens, limit, extend_context=False)
+    return [FastaRecord(f"prompt_{index}", "", prompt) for index, prompt in enumerate(checked)]
 
 
 def _seeded(records: Iterable[FastaRecord], seed: int | None) -> Iterator[_Prompt]:

@@ -19,7 +19,8 @@ class ModelJobConfig(Config):
     device: str = "auto"
     """Where the model runs: auto (a GPU when there is one), cpu, cuda or cuda:1."""
     precision: Precision = "auto"
-    """auto takes the path that is known to be good for the model on this device, or refuses; others run as named."""
+    """auto takes the path that is known to be good for the model on this device, or refuses; others run as named. int8:
+    the linear layers of ESM-2 on a CPU, about 1.4 times as fast; the log says how far its logits are from fp32."""
 
 
 def checked_device(device: str) -> str:

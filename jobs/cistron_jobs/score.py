@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 from pydantic import PositiveInt
 
@@ -32,7 +33,9 @@ class ScoreConfig(RecordJobConfig):
 
 
 def run(config: ScoreConfig) -> str:
-    """Score every record into columns name, score, num_tokens and, with reduction none, per_token; return the output.
+    """Score every record into columns name, score and num_tokens; return the output.
+
+    A column pseudo_perplexity follows for proteins, exp(-score per residue), and per_token with reduction none.
 
     Raises:
         CistronError: an input that cannot be used; no output is left behind.
@@ -67,6 +70,11 @@ def _scored(model: SequenceModel, records: pa.Table, *, config: ScoreConfig) -> 
         "score": pa.array([score.score for score in scores], pa.float64()),
         "num_tokens": pa.array([score.num_tokens for score in scores], pa.int64()),
     }
+    if model.family == "esm2":
+        per_residue = np.array([score.score for score in scores])
+        if config.reduction != "mean":
+            per_residue /= [score.num_tokens for score in scores]
+        columns["pseudo_perplexity"] = pa.array(np.exp(-per_residue))
     if config.reduction == "none":
         columns["per_token"] = pa.array([score.per_token for score in scores], pa.list_(pa.float32()))
     return pa.table(columns)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, Final, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, PositiveInt
 
+from cistron import __version__
 from cistron.errors import ConfigError, InputError
 from cistron.inference.batching import TOKEN_BUDGET
 from cistron.inference.variant_report import MAX_AMBIGUOUS, SCORED, report_variants
@@ -32,13 +35,13 @@ from cistron_jobs.model_config import model_shell
 
 logger = logging.getLogger(__name__)
 
-INFO_FIELDS: Final = (
-    InfoField("EVO2_DELTA", "Float", "Log-likelihood of the window with ALT minus that with REF, nats"),
-    InfoField("EVO2_REFLL", "Float", "Log-likelihood of the window with REF, nats"),
-    InfoField("EVO2_ALTLL", "Float", "Log-likelihood of the window with ALT, nats"),
-    InfoField("EVO2_STATUS", "String", "scored, or why there is no score"),
-)
-_INFO_COLUMNS: Final = ("score", "ref_score", "alt_score", "status")
+_INFO_FIELDS: Final = {
+    "score": InfoField("EVO2_DELTA", "Float", "Log-likelihood of the window with ALT minus that with REF, nats"),
+    "ref_score": InfoField("EVO2_REFLL", "Float", "Log-likelihood of the window with REF, nats"),
+    "alt_score": InfoField("EVO2_ALTLL", "Float", "Log-likelihood of the window with ALT, nats"),
+    "status": InfoField("EVO2_STATUS", "String", "scored, or why there is no score"),
+}
+"""What each column of the output becomes in INFO."""
 _DISAGREEMENTS: Final = frozenset({"ref_mismatch", "outside_contig", "unknown_contig", "outside_reference"})
 _LETTERS_PER_PART: Final = 1 << 21
 _SUSPICIOUS: Final = 0.05
@@ -52,17 +55,22 @@ class VariantsConfig(BulkConfig):
     """Settings of ``cistron variants``."""
 
     input: str
-    """VCF or BCF, or a table (.tsv, .csv, .parquet) with columns chrom, pos (1-based), ref and alt; a path or URL."""
+    """VCF or BCF, or a table (.tsv, .csv, .txt, each also .gz, or .parquet) with columns chrom, pos (1-based), ref and
+    alt; a path or URL."""
     reference: str
     """FASTA of the assembly that the variants refer to; with an index (samtools faidx) it is read by region."""
     output: ParquetPath
-    """Parquet file to write: one row per alternative allele."""
+    """Parquet file to write: one row per alternative allele, in the order of the input; `record` is the number of its
+    input record from 0, `score` the change of the log-likelihood in nats (negative: the model finds the alternative
+    less likely), `status` says scored or why not, `detail` the same in a sentence."""
     annotated_vcf: str | None = None
-    """The input VCF with the scores in INFO; .vcf.gz is bgzip, with a tabix index if the records are sorted."""
+    """VCF file to write: the input with the scores in INFO; .vcf.gz and .vcf.bgz are bgzip, with a tabix index if the
+    records are sorted."""
     window: int | None = Field(default=None, ge=2)
-    """Nucleotides of context; 8192, or the model's limit if that is lower, if not given."""
+    """Nucleotides of context, centred on pos and cut at the contig's ends; 8192, or the model's limit if that is lower,
+    if not given."""
     reverse_complement: bool = True
-    """Average the scores of both strands."""
+    """Average the scores of both strands, which takes twice the time."""
     on_mismatch: Literal["report", "error"] = "report"
     """A variant that disagrees with the reference (another reference allele, an unknown contig, a position beyond it):
     report gives it a status and no score, error stops before anything is computed."""
@@ -86,21 +94,30 @@ def run(config: VariantsConfig) -> str:
         check_annotation(config.input, config.annotated_vcf)
     model = model_shell(config)
     if model.family != "evo2":
-        raise InputError(f"variants: DNA variants are scored with Evo 2, and this is {model.family}")
+        hint = "see protein_variants"
+        raise InputError(f"variants: DNA variants are scored with Evo 2, and this is {model.family}; {hint}")
     window = checked_window(model, config.window)
     job = BulkJob(
         name="variants",
         output=config.output,
         inputs=("input", "reference"),
+        extra_outputs=("annotated_vcf",),
         parts=partial(variant_parts, config, window),
         compute=VariantScorer(config, window),
     )
     run_bulk(config, job)
-    _log_statuses(config.output)
+    _log_statuses(config.output, config.reference)
     if config.annotated_vcf is not None:
-        annotate_vcf(config.input, config.annotated_vcf, INFO_FIELDS, _info_values(config.output))
+        annotate_vcf(config.input, config.annotated_vcf, info_fields(config, window), _info_values(config.output))
         logger.info("variants: %s has the scores in INFO", config.annotated_vcf)
     return config.output
+
+
+def info_fields(config: VariantsConfig, window: int) -> list[InfoField]:
+    """Return the declarations of the INFO fields, with what their values depend on."""
+    strands = "both strands" if config.reverse_complement else "one strand"
+    source = f"{config.model}, window {window}, {strands}, reference {config.reference}"
+    return [replace(field, source=source, version=f"cistron {__version__}") for field in _INFO_FIELDS.values()]
 
 
 class VariantScorer:
@@ -154,23 +171,29 @@ def _check(alleles: Sequence[Allele], genome: ReferenceGenome, window: int) -> N
             raise InputError(f"record {record + 1}: {found.message} ({found.status}; on_mismatch=report goes on)")
 
 
-def _log_statuses(output: str) -> None:
+def _log_statuses(output: str, reference: str) -> None:
     """Say how many alleles have a score, and why the others have none."""
-    counts = Counter(row["status"] for row in _rows(output, ["status"]))
+    counts, examples = Counter[str](), dict[str, str]()
+    for row in _rows(output, ["status", "detail"]):
+        counts[row["status"]] += 1
+        examples.setdefault(row["status"], row["detail"])
     total, scored = counts.total(), counts.pop(SCORED, 0)
-    if counts["ref_mismatch"] > _SUSPICIOUS * total:
-        logger.warning("variants: many reference alleles are not what the FASTA holds: is it the right assembly?")
-    others = "".join(f", {number:,} {status}" for status, number in counts.most_common())
-    logger.log(
-        logging.INFO if scored else logging.WARNING, "variants: %s of %s alleles scored%s", scored, total, others
-    )
+    level = logging.INFO if scored else logging.WARNING
+    logger.log(level, "variants: %s of %s alleles scored", f"{scored:,}", f"{total:,}")
+    for status, number in counts.most_common():
+        logger.log(level, "variants: %s %s, the first: %s", f"{number:,}", status, examples[status])
+    disagreeing = sum(counts[status] for status in _DISAGREEMENTS)
+    if disagreeing > _SUSPICIOUS * total:
+        share = f"{disagreeing:,} of {total:,} alleles"
+        logger.warning("variants: %s disagree with %s: is it the right assembly?", share, reference)
 
 
 def _info_values(output: str) -> Iterator[list[object]]:
     """Yield the INFO values of every alternative allele, in the order of the file."""
-    for row in _rows(output, ["alt", *_INFO_COLUMNS]):
-        if row["alt"] != NO_ALT:
-            yield [row[name] for name in _INFO_COLUMNS]
+    for _, rows in groupby(_rows(output, ["record", "alt", *_INFO_FIELDS]), key=itemgetter("record")):
+        alleles = list(rows)
+        if [row["alt"] for row in alleles] != [NO_ALT]:
+            yield from ([row[name] for name in _INFO_FIELDS] for row in alleles)
 
 
 def _rows(output: str, columns: list[str]) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 from cistron.alphabets import MASK, TAG_DELIMITER
 from cistron.errors import InputError, SequenceError, UnknownNameError
+from cistron.inference.protein_windows import num_windows
 from cistron.inference.sampling import letter_ids
 from cistron.models.naming import canonical_layer
 from cistron.tokenizers import ByteTokenizer, ProteinTokenizer, Tokenizer
@@ -39,8 +40,8 @@ def check_score(card: ModelCard, request: ScoreRequest) -> int:
         _check_absent(request.sequences, MASK, "has no residue to score")
     elif request.reverse_complement:
         _check_absent(request.sequences, TAG_DELIMITER, "begins a tag, which has no reverse complement")
-    passes = 2 if request.reverse_complement else 1
-    forward = sum(length * (length + 2) if card.family == "esm2" else length * passes for length in lengths)
+    passes, size = 2 if request.reverse_complement else 1, _window(card, request.window)
+    forward = sum(length * (min(length, size) + 2) if card.family == "esm2" else length * passes for length in lengths)
     _check_total(forward, card.limits.max_forward_tokens, "tokens through the model", "max_forward_tokens")
     return forward
 
@@ -59,11 +60,16 @@ def check_embed(card: ModelCard, request: EmbedRequest) -> int:
             raise ApiError(422, "layer.not_found", str(error), param=f"layers[{index}]") from error
     if request.pooling == "cls" and card.family != "esm2":
         raise _wrong_family(card, "pooling 'cls' applies to protein models", param="pooling")
+    size = _window(card, request.window)
     lengths = _check_sequences(card, request.sequences, field="sequences", most=card.limits.max_sequences)
     rows = sum(lengths) if request.pooling == "none" else len(lengths)
     values = rows * len(request.layers) * card.hidden_size
     _check_total(values, card.limits.max_response_values, "numbers in the answer", "max_response_values")
-    return sum(lengths)
+    if card.family != "esm2":
+        return sum(lengths)
+    forward = sum(num_windows(length, window=size) * (min(length, size) + 2) for length in lengths)
+    _check_total(forward, card.limits.max_forward_tokens, "tokens through the model", "max_forward_tokens")
+    return forward
 
 
 def check_generate(card: ModelCard, request: GenerateRequest) -> int:
@@ -87,6 +93,20 @@ def check_generate(card: ModelCard, request: GenerateRequest) -> int:
     if not request.stream:
         _check_total(sum(lengths) + len(lengths) * request.num_tokens, limits.max_tokens, "letters", "max_tokens")
     return sum(lengths)
+
+
+def _window(card: ModelCard, asked: int | None) -> int:
+    """Return the residues of a protein that the model sees at once.
+
+    Raises:
+        ApiError: the model does not read proteins, or would read more than it was trained on, which costs their square.
+    """
+    if asked is not None and card.family != "esm2":
+        raise _wrong_family(card, "window applies to protein models", param="window")
+    if asked is not None and asked > card.trained_length:
+        detail = f"window: {asked:,} is more than the {card.trained_length:,} residues that {card.id} was trained on"
+        raise ApiError(422, "request.limit_exceeded", detail, param="window")
+    return asked or card.trained_length
 
 
 def _check_operation(card: ModelCard, operation: Literal["score", "embed", "generate"]) -> None:

@@ -27,7 +27,7 @@ from cistron.errors import CheckpointError
 from cistron.inference.batching import TOKEN_BUDGET
 from cistron.inference.generate import Generation, generate
 from cistron.models.base import SequenceModel
-from cistron.models.families import config_of
+from cistron.models.families import build, config_of
 from cistron.models.manifest import read_manifest
 from cistron.models.registry import Precision, load_model
 from cistron_serve.limits import Limits
@@ -63,7 +63,8 @@ class ModelSettings(Config):
     num_cpus: float = Field(default=1.0, ge=0.0, le=1024.0)
     """CPUs that Ray reserves for one replica."""
     max_length: int | None = Field(default=None, ge=1, le=1 << 20)
-    """Longest sequence served; None means the model's own."""
+    """Longest sequence served. None means the context of Evo 2, and of ESM-2, which reads long proteins in windows,
+    as much as one request may hold (`limits.max_tokens`)."""
     max_batch_tokens: int = Field(default=TOKEN_BUDGET, ge=1, le=1 << 24)
     """Token budget of one batch, and of one forward pass."""
     batch_wait_timeout_s: float = Field(default=0.01, ge=0.0, le=10.0)
@@ -202,21 +203,30 @@ def describe(model_id: str, model: SequenceModel, settings: ModelSettings) -> Mo
         id=model_id,
         family=model.family,
         sha256=weights_sha256(settings.source),
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        dtype=_number_format(model),
         device=str(model.device),
-        num_parameters=model.num_parameters(),
+        num_parameters=build(config_of(model), device="meta").num_parameters(),
         num_layers=len(model.blocks),
         hidden_size=config_of(model).hidden_size,
-        max_length=_max_length(model, settings.max_length),
+        max_length=_max_length(model, settings),
+        trained_length=config_of(model).max_length,
         operations=_OPERATIONS[model.family],
         limits=settings.limits,
     )
 
 
-def _max_length(model: SequenceModel, asked: int | None) -> int:
+def _number_format(model: SequenceModel) -> str:
+    """Return the dtype of the weights, or the path that the products take where that is another."""
+    rounded = model.precision_path.startswith(("fp8", "int8"))
+    return model.precision_path if rounded else str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _max_length(model: SequenceModel, settings: ModelSettings) -> int:
     """Return the longest sequence served; Evo 2's context is a hard limit, ESM-2's trained length is not."""
+    if model.family == "esm2":
+        return settings.max_length or settings.limits.max_tokens
     own = config_of(model).max_length
-    return own if asked is None else min(asked, own) if model.family == "evo2" else asked
+    return min(settings.max_length or own, own)
 
 
 def weights_sha256(source: str) -> str | None:

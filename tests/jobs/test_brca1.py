@@ -63,8 +63,13 @@ def config(files: Path, *words: str) -> EvaluateConfig:
     return resolve(EvaluateConfig, parse_overrides(f"{name}={value}" for name, value in given.items()))
 
 
-def test_from_the_table_to_numbers_and_pictures(files: Path, capsys: pytest.CaptureFixture[str]):
-    result = run(config(files, f"output={files / 'out.json'}"))
+def test_from_the_table_to_numbers_and_pictures(
+    files: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level("INFO"):
+        result = run(config(files, f"output={files / 'out.json'}"))
+    # Of each place, 32 letters before the variant are read once, and 32 from it on by the reference and 3 alternatives.
+    assert f"variants: 60 records, {20 * 32 + 20 * 4 * 32:,} tokens in " in caplog.text
     table = rows()
     scores = cistron.score_variants(tiny_evo2(), [row[:4] for row in table], {"17": "N" * START + SLICE}, window=64)[
         "score"

@@ -29,6 +29,12 @@ def test_the_form_of_the_filters_can_be_chosen(tmp_path: Path):
         config(tmp_path, "parametrization=trained")
 
 
+def test_the_format_is_told_by_the_file(tmp_path: Path):
+    given = [f"source={SOURCE}", f"destination={tmp_path / 'model'}"]
+    run(resolve(ConvertConfig, parse_overrides(given)))
+    assert cistron.load_model(tmp_path / "model").family == "evo2"
+
+
 def test_an_unknown_format_leaves_nothing(tmp_path: Path):
     with pytest.raises(UnknownNameError, match="did you mean 'vortex'"):
         run(config(tmp_path, "source_format=votrex"))

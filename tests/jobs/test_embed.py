@@ -76,3 +76,17 @@ def test_a_failure_leaves_no_output(files: Path):
 @pytest.mark.parametrize("layer", ["-1", "blocks.1"])
 def test_one_layer_needs_no_brackets(files: Path, layer: str):
     assert config(files, f"layers={layer}").layers == config(files, f"layers=[{layer}]").layers
+
+
+def test_int8_is_asked_for_and_its_error_is_logged(files: Path, caplog: pytest.LogCaptureFixture):
+    run(config(files, "layers=embedding"))
+    exact = pq.read_table(files / "out.parquet")
+    with caplog.at_level("INFO"):
+        run(config(files, f"output={files / 'int8.parquet'}", "device=cpu", "precision=int8", "layers=[embedding, -1]"))
+    assert "19 linear layers in int8: logits differ by" in caplog.text
+    assert "int8 on cpu" in caplog.text
+    table = pq.read_table(files / "int8.parquet")
+    assert table["embedding"].equals(exact["embedding"])
+    want = np.stack([e.vectors[-1] for e in cistron.embed_sequences(tiny_esm2(), list(PROTEINS.values()))])
+    difference = np.abs(np.stack(table["final_norm"].to_numpy()) - want).max()
+    assert 0 < difference < 0.3 * want.std()

@@ -101,7 +101,7 @@ def test_prompts_as_text(files: Path, word: str, count: int):
         ("prompts=nowhere.fa", InputError, "prompts: no such file, and not a DNA sequence: nowhere.fa"),
         ("prompts=", InputError, "prompts: the request is empty"),
         ("prompts=MKL", InputError, "prompts: .*letter 'L' at position 3"),
-        (f"prompts={'A' * 300}", SequenceError, "prompt 0: 300 nt is longer than the limit of 256"),
+        (f"prompts={'A' * 300}", SequenceError, "prompt 0: 300 nt and .* 256; extend_context=True"),
         ("prompts=[]", InputError, "prompts: the request is empty"),
         ("prompts=[AC, AJ]", SequenceError, "prompt 1: letter 'J' at position 2"),
         ("num_tokens=300", SequenceError, r"prompts\.fa, line 1, record 'p0': 8 nt and 300 new tokens exceed .* 256"),
@@ -113,6 +113,13 @@ def test_bad_requests_leave_no_output(files: Path, word: str, error: type[Except
     with pytest.raises(error, match=message):
         run(config(files, word, f"output={files / 'out.json'}"))
     assert {path.name for path in files.iterdir()} == {"evo2", "prompts.fa"}
+
+
+@pytest.mark.parametrize("word", ["prompts=[AC, AJ]", f"prompts={'A' * 300}", "stop=[512]", "allowed=€"])
+def test_a_bad_request_is_refused_before_weights_are_read(files: Path, word: str):
+    (files / "evo2" / "model.safetensors").unlink()
+    with pytest.raises((InputError, SequenceError)):
+        run(config(files, word))
 
 
 @pytest.mark.parametrize(

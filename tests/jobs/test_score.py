@@ -69,6 +69,13 @@ def test_proteins_from_a_url_to_a_url(files: Path):
     assert scores == pytest.approx([score.score for score in expected], abs=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_proteins_have_a_pseudo_perplexity(files: Path, reduction: str):
+    run(config(files, f"model={files / 'esm2'}", f"input={files / 'in.faa'}", f"reduction={reduction}"))
+    found = pq.read_table(files / "out.parquet")["pseudo_perplexity"].to_pylist()
+    assert found == pytest.approx(cistron.pseudo_perplexity(tiny_esm2(), ["MKTAYIA", "GSV"]), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [

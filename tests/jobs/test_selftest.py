@@ -42,6 +42,11 @@ def test_a_random_model_passes_the_battery_and_says_what_it_skipped(checkpoint, 
     assert "skipped" in capsys.readouterr().out
 
 
+def test_the_long_sequence_may_be_shorter_than_the_short_prompts(checkpoint):
+    report = run(config(checkpoint, "length=5"))
+    assert "prompts of 1 to 4 tokens, then steps = whole" in [check.name for check in report.checks]
+
+
 def test_a_protein_model_has_its_own_battery(tmp_path):
     save_checkpoint(tiny_esm2(), tmp_path / "esm2")
     run(config(tmp_path / "esm2"))

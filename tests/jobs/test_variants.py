@@ -10,12 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from ray import cloudpickle
 from tests.tiny_models import tiny_esm2, tiny_evo2
 
 import cistron
+from cistron import __version__ as VERSION
 from cistron.config import parse_overrides, resolve
-from cistron.errors import CistronError, ConfigError, InputError
+from cistron.errors import CapabilityError, CistronError, ConfigError, InputError
 from cistron.io.vcf import read_vcf
 from cistron.models.checkpoint import save_checkpoint
 from cistron_jobs.variants import VariantsConfig, VariantScorer, run, variant_parts
@@ -96,9 +98,37 @@ def test_a_table_in_one_strand_and_the_same_result_twice(files: Path, caplog: py
     expected = cistron.score_variants(tiny_evo2(), [("chr1", *v) for v in GOOD], files / "ref.fa", window=64)
     assert [row["score"] for row in found] == pytest.approx(expected["score"].to_pylist(), abs=1e-5)
     with caplog.at_level("INFO"):
-        run(config(files, *words))
+        run(config(files, *words, "token_budget=77"))
     assert "complete already" in caplog.text
     assert "variants: 8 of 8 alleles scored" in caplog.text
+
+
+def test_what_is_not_scored_is_said(files: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO"):
+        run(config(files))
+    assert "variants: 8 of 11 alleles scored" in caplog.text
+    assert f"1 ref_mismatch, the first: 1:172 {base(172, 1)}>{base(172)}: the reference has" in caplog.text
+    assert f"1 of 11 alleles disagree with {files / 'ref.fa'}: is it the right assembly?" in caplog.text
+
+
+def test_a_damaged_model_leaves_nothing(files: Path):
+    model = tiny_evo2()
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    save_checkpoint(model, files / "damaged")
+    before = sorted(path.name for path in files.iterdir())
+    with pytest.raises(CapabilityError, match="the model returned NaN"):
+        run(config(files, f"model={files / 'damaged'}", f"annotated_vcf={files / 'out.vcf'}"))
+    assert sorted(path.name for path in files.iterdir()) == before
+
+
+def test_a_dot_among_alternatives_has_a_place_of_its_own(files: Path):
+    text = HEADER + f"1\t170\t.\t{base(170)}\t.,{base(170, 1)}\t.\t.\t.\n1\t171\t.\t{base(171)}\t.\t.\t.\tDP=1\n"
+    (files / "dot.vcf").write_text(text)
+    run(config(files, f"input={files / 'dot.vcf'}", f"annotated_vcf={files / 'out.vcf'}"))
+    infos = [line.split("\t")[7] for line in (files / "out.vcf").read_text().splitlines() if line[0] != "#"]
+    assert infos[0].endswith(";EVO2_STATUS=no_alt,scored")
+    assert infos[1] == "DP=1"
 
 
 def test_an_annotated_vcf_can_be_asked_for_later(files: Path):
@@ -109,17 +139,25 @@ def test_an_annotated_vcf_can_be_asked_for_later(files: Path):
     assert (files / "out.parquet").stat().st_mtime_ns == made
     with pysam.VariantFile(str(files / "out.vcf.gz")) as file:
         [record] = file.fetch("1", 159, 160)
+        [header] = [line for line in str(file.header).splitlines() if line.startswith("##INFO=<ID=EVO2_DELTA,")]
+    assert header.endswith(
+        f'Source="{files / "evo2"}, window 64, both strands, reference {files / "ref.fa"}",Version="cistron {VERSION}">'
+    )
     assert record.info["EVO2_DELTA"][0] == pytest.approx(rows(files / "out.parquet")[7]["score"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (("on_mismatch=error",), InputError, r"record 8: 1:172.*the reference has .*ref_mismatch; on_mismatch=report"),
+        (
+            ("on_mismatch=error",),
+            InputError,
+            r"record 8: 1:172 [ACGT]>.*the reference has .*ref_mismatch; on_mismatch=report",
+        ),
         (("window=1",), ConfigError, "window"),
         (("window=500",), InputError, "window must be from 2 to the model's limit of 256, got 500"),
         (("output=x.csv",), ConfigError, "must end in .parquet"),
-        (("annotated_vcf=x.bcf",), InputError, r"named \.vcf or \.vcf\.gz"),
+        (("annotated_vcf=x.bcf",), InputError, r"named \.vcf, \.vcf\.gz or \.vcf\.bgz"),
         (("input=v.csv", "annotated_vcf=x.vcf"), ConfigError, "there is no VCF to annotate"),
         (("input=none.vcf",), InputError, "input: no such file: none.vcf"),
         (("reference=none.fa",), InputError, "reference: no such file: none.fa"),

@@ -31,6 +31,7 @@ MAX_BODY_BYTES = 65_536
 BATCH_WAIT_S = 0.3
 DNA = ["ACGTTGCAAC", "GGGATTACAGGCATTAGACCA", "TTN", "acgtACGTR"]
 PROTEINS = ["MKTAYIAKQR", "GSHMV"]
+LONG_PROTEIN = "MKTAYIAKQRQISFVKSHFSRQ" * 60
 PROMPT = {"model": "dna", "prompts": ["A"], "num_tokens": 5}
 JSON = {"content-type": "application/json"}
 
@@ -139,7 +140,9 @@ def test_models_and_health(
         assert card["sha256"] == manifest["files"]["model.safetensors"]["sha256"]
         assert card["num_parameters"] == model.num_parameters()
         assert (card["family"], card["dtype"], card["device"]) == (model.family, "float32", "cpu")
-        assert card["max_length"] == model.config.max_length  # type: ignore[attr-defined]
+        trained = model.config.max_length  # type: ignore[attr-defined]
+        assert card["trained_length"] == trained
+        assert card["max_length"] == (trained if name == "dna" else card["limits"]["max_tokens"])
     assert cards["protein"]["operations"] == ["score", "embed"]
     assert client.get("/v1/models/dna").json() == cards["dna"]
 
@@ -175,6 +178,8 @@ def test_protein_scores_are_those_of_the_library(client: httpx.Client, models: d
         ("dna", DNA[:2], {"layers": ["blocks.3", -1], "pooling": "last"}),
         ("protein", PROTEINS, {"layers": ["embedding", 1], "pooling": "none"}),
         ("protein", PROTEINS, {"pooling": "cls"}),
+        ("protein", [LONG_PROTEIN, "GSHMV"], {}),
+        ("protein", [LONG_PROTEIN], {"window": 200, "pooling": "last"}),
     ],
 )
 def test_embeddings_are_those_of_the_library(
@@ -283,7 +288,8 @@ def assert_problem(response: httpx.Response, status: int, code: str, param: str 
         ("score", {"model": "dna", "sequences": ["MKTAYIAKQRLLL"]}, 422, "sequence.invalid", "sequences[0]"),
         ("score", {"model": "dna", "sequences": ["A" * 8193]}, 422, "sequence.too_long", "sequences[0]"),
         ("score", {"model": "protein", "sequences": ["MK*"]}, 422, "sequence.invalid", "sequences[0]"),
-        ("score", {"model": "protein", "sequences": ["M" * 1023]}, 422, "sequence.too_long", "sequences[0]"),
+        ("score", {"model": "protein", "sequences": ["M" * 35_000]}, 413, "request.too_large", None),
+        ("embed", {"model": "protein", "sequences": ["M"], "window": 1023}, 422, "request.limit_exceeded", "window"),
         ("score", {"model": "protein", "sequences": ["MK<mask>"]}, 422, "sequence.invalid", "sequences[0]"),
         ("score", {"model": "dna", "sequences": ["A"] * 65}, 422, "request.limit_exceeded", "sequences"),
         ("score", {"model": "dna", "sequences": ["A"], "reduce": "sum"}, 422, "request.invalid", "reduce"),

@@ -32,6 +32,7 @@ CARD = native.ModelCard(
     num_layers=4,
     hidden_size=2,
     max_length=100,
+    trained_length=100,
     operations=["generate", "score", "embed"],
     limits=Limits(),
 )

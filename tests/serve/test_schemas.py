@@ -27,6 +27,7 @@ def card(family: str = "evo2", *, max_length: int = 100, **limits: int) -> nativ
         num_layers=4,
         hidden_size=8,
         max_length=max_length,
+        trained_length=8,
         operations=["generate", "score", "embed"] if family == "evo2" else ["score", "embed"],
         limits=Limits(**limits),
     )
@@ -134,6 +135,8 @@ def test_options_are_the_keyword_arguments_of_the_library() -> None:
         (check_generate, generate_request("MKL"), 422, "sequence.invalid", "prompts[0]"),
         (check_embed, embed_request("A", layers=[0, 4]), 422, "layer.not_found", "layers[1]"),
         (check_embed, embed_request("A", pooling="cls"), 422, "model.wrong_family", "pooling"),
+        (check_embed, embed_request("A", window=4), 422, "model.wrong_family", "window"),
+        (check_score, score_request("A", window=4), 422, "model.wrong_family", "window"),
         (check_embed, embed_request("A" * 30, pooling="none"), 413, "request.too_large", None),
     ],
 )
@@ -150,8 +153,19 @@ def test_the_door_opens_at_the_limits_and_counts_passes() -> None:
     assert check_score(card(max_sequences=2, max_tokens=200), score_request("A" * 100, "C" * 100)) == 200
     assert check_score(card(), score_request("A" * 10, reverse_complement=True)) == 20
     assert check_score(card("esm2"), score_request("MKAV")) == 4 * 6
-    assert check_embed(card("esm2", max_length=4), embed_request("MK<mask>V")) == 4
+    assert check_score(card("esm2"), score_request("MKAVA" * 2)) == 10 * (8 + 2)
+    assert check_score(card("esm2"), score_request("MKAVA" * 2, window=4)) == 10 * (4 + 2)
+    assert check_embed(card("esm2", max_length=4), embed_request("MK<mask>V")) == 4 + 2
+    assert check_embed(card("esm2"), embed_request("MKAVAMKAVAM")) == 2 * (8 + 2)
+    assert check_embed(card("esm2"), embed_request("MKAVAMKAVAM", window=4)) == 5 * (4 + 2)
     assert check_generate(card(max_num_tokens=60), generate_request("A" * 40, num_tokens=60)) == 40
+
+
+@pytest.mark.parametrize(("check", "request_"), [(check_score, score_request), (check_embed, embed_request)])
+def test_a_window_is_at_most_what_was_seen_in_training(check: Any, request_: Any) -> None:
+    with pytest.raises(ApiError, match="window: 9 is more than the 8 residues that m was trained on") as refusal:
+        check(card("esm2"), request_("MKAVAMKAVAM", window=9))
+    assert (refusal.value.code, refusal.value.param) == ("request.limit_exceeded", "window")
 
 
 def test_a_mask_cannot_be_scored() -> None:

@@ -15,8 +15,9 @@ from cistron_jobs.bulk.config import BulkConfig
 
 Fingerprint: TypeAlias = dict[str, Any]
 
-_WITHOUT_EFFECT: Final = {"model", "output", "device", "actors", "cpus_per_actor", "restart", "annotated_vcf"}
-"""Settings that say where and not what; the model counts by its content."""
+_WITHOUT_EFFECT: Final = {"model", "output", "device", "actors", "cpus_per_actor", "restart", "token_budget"}
+"""Settings that say where and not what; the model counts by its content. How much memory a pass takes is no part of the
+result either: a run that was too large for its GPU goes on with a smaller budget."""
 
 
 _SHA256: Final = "sha256:"

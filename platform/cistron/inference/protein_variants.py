@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 from cistron.alphabets import AMINO_ACIDS
 from cistron.errors import InputError
@@ -58,20 +58,51 @@ class Substitution:
     mutant: str
 
 
+ProteinStatus: TypeAlias = Literal[
+    "malformed", "not_a_substitution", "outside_protein", "wild_type_mismatch", "repeated_position"
+]
+"""Why a variant has no score.
+
+malformed: it cannot be read. not_a_substitution: a stop, an insertion, a deletion, a frame shift. outside_protein:
+position 0, or beyond the end. wild_type_mismatch: the protein has another residue there. repeated_position: one
+position twice.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class VariantProblem:
+    """Why a variant cannot be scored."""
+
+    status: ProteinStatus
+    message: str
+
+
+def find_substitutions(variant: Any, wild_type: str) -> list[Substitution] | VariantProblem:
+    """Read one variant and compare it with the wild type; a synonymous one has no substitutions."""
+    if not isinstance(variant, str):
+        return VariantProblem("malformed", f"must be a string such as 'A23T' or 'A23T:G45D', got {variant!r}")
+    substitutions: dict[int, Substitution] = {}
+    for word in _words(variant):
+        found = _substitution(word, wild_type)
+        if isinstance(found, VariantProblem):
+            return found
+        if found.position in substitutions:
+            return VariantProblem("repeated_position", f"replaces position {found.position + 1} twice")
+        substitutions[found.position] = found
+    return [found for found in substitutions.values() if found.mutant != found.wild_type]
+
+
 def parse_variant(variant: Any, wild_type: str, *, name: str) -> list[Substitution]:
-    """Read one variant and compare it with the wild type; a synonymous one has no substitutions.
+    """Return what :func:`find_substitutions` finds.
 
     Raises:
-        InputError: malformed, beyond the protein's ends, another residue in the wild type, one position twice, or a
-            change that is no substitution; begins with `name`.
+        InputError: the variant cannot be scored; begins with `name`.
     """
-    if not isinstance(variant, str):
-        raise InputError(f"{name}: must be a string such as 'A23T' or 'A23T:G45D', got {variant!r}")
-    place = f"{name} ({variant!r})"
-    substitutions = [_substitution(word, wild_type, place) for word in _words(variant)]
-    if len({substitution.position for substitution in substitutions}) < len(substitutions):
-        raise InputError(f"{place}: replaces one position twice")
-    return [substitution for substitution in substitutions if substitution.mutant != substitution.wild_type]
+    found = find_substitutions(variant, wild_type)
+    if isinstance(found, VariantProblem):
+        place = f"{name} ({variant!r})" if isinstance(variant, str) else name
+        raise InputError(f"{place}: {found.message}")
+    return found
 
 
 def mutated(wild_type: str, substitutions: list[Substitution]) -> str:
@@ -94,26 +125,27 @@ def _words(variant: str) -> list[str]:
     return [] if words == ["="] else words
 
 
-def _substitution(word: str, wild_type: str, place: str) -> Substitution:
+def _substitution(word: str, wild_type: str) -> Substitution | VariantProblem:
     match = _SUBSTITUTION.fullmatch(word)
     if match is None:
-        raise InputError(f"{place}: {_reason(word)}")
+        return _unreadable(word)
     expected, number, mutant = match.groups()
     expected = THREE_LETTERS.get(expected, expected)
     position = int(number) - 1
     if position < 0:
-        raise InputError(f"{place}: {word} is before the beginning; positions count from 1")
+        return VariantProblem("outside_protein", f"{word} is before the beginning; positions count from 1")
     if position >= len(wild_type):
-        raise InputError(f"{place}: {word} is past the end, at {len(wild_type)} residues")
+        return VariantProblem("outside_protein", f"{word} is past the end, at {len(wild_type)} residues")
     if (found := wild_type[position]) != expected:
-        raise InputError(f"{place}: the wild type has {found} at {number}, not {expected}")
+        return VariantProblem("wild_type_mismatch", f"the wild type has {found} at {number}, not {expected}")
     return Substitution(expected, position, expected if mutant == "=" else THREE_LETTERS.get(mutant, mutant))
 
 
-def _reason(word: str) -> str:
-    """Return why a word is no substitution."""
+def _unreadable(word: str) -> VariantProblem:
+    """Say why a word is no substitution."""
     if _STOP.fullmatch(word):
-        return f"{word} has a stop, for which ESM-2 has no token; only replaced residues can be scored"
+        reason = "has a stop, for which ESM-2 has no token; only replaced residues can be scored"
+        return VariantProblem("not_a_substitution", f"{word} {reason}")
     if _OTHER_CHANGE.search(word):
-        return f"{word} is no substitution; only replaced residues can be scored"
-    return f"cannot read {word!r}; write it as 'A23T' or 'p.Ala23Thr'"
+        return VariantProblem("not_a_substitution", f"{word} is no substitution; only replaced residues can be scored")
+    return VariantProblem("malformed", f"cannot read {word!r}; write it as 'A23T' or 'p.Ala23Thr'")

@@ -96,7 +96,7 @@ def overlapping_windows(length: int, *, window: int) -> list[ProteinWindow]:
     """
     if length <= window:
         return [ProteinWindow(0, length, None)]
-    starts = [*range(0, length - window, max(1, window // 2)), length - window]
+    starts = [*_starts_before_the_last(length, window), length - window]
     raw = [_edge_weights(window, cut_left=start > 0, cut_right=start + window < length) for start in starts]
     total = np.zeros(length)
     for start, weights in zip(starts, raw, strict=True):
@@ -105,6 +105,15 @@ def overlapping_windows(length: int, *, window: int) -> list[ProteinWindow]:
         ProteinWindow(start, start + window, weights / total[start : start + window])
         for start, weights in zip(starts, raw, strict=True)
     ]
+
+
+def num_windows(length: int, *, window: int) -> int:
+    """Return the number of :func:`overlapping_windows`."""
+    return 1 + len(_starts_before_the_last(length, window))
+
+
+def _starts_before_the_last(length: int, window: int) -> range:
+    return range(0, length - window, max(1, window // 2))
 
 
 def _edge_weights(window: int, *, cut_left: bool, cut_right: bool) -> NDArray[np.float64]:

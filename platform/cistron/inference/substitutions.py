@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from cistron.alphabets import AMINO_ACIDS, STANDARD_AMINO_ACIDS
 from cistron.errors import InputError
 from cistron.inference.batching import TOKEN_BUDGET, check_token_budget, length_sorted_batches, packed
+from cistron.inference.finite import without_nan
 from cistron.inference.masked import check_unmasked, log_probs_at, masked_log_probs, residue_ids, with_ends
 from cistron.inference.protein_variants import Substitution, mutated, parse_variant
 from cistron.inference.protein_windows import overlapping_windows, residues_per_window
@@ -40,6 +41,7 @@ def substitution_matrix(
     sequence: str,
     *,
     strategy: MarginalStrategy = "masked-marginal",
+    positions: Sequence[int] | None = None,
     window: int | None = None,
     token_budget: int = TOKEN_BUDGET,
 ) -> NDArray[np.float64]:
@@ -49,6 +51,7 @@ def substitution_matrix(
         model: ESM-2.
         sequence: the wild type, of L residues.
         strategy: ``masked-marginal``, in L masked passes; ``wt-marginal``, in one pass per window.
+        positions: 0-based residues to replace, whose rows are returned; all L unless given.
         window: residues that the model sees at once; its trained length unless given.
         token_budget: most tokens of one forward pass, padding included.
 
@@ -56,17 +59,20 @@ def substitution_matrix(
         [L, 20] log p(mutant) - log p(wild type), columns in the order of :data:`RESIDUE_ORDER`; 0 for the wild type.
 
     Raises:
-        InputError: the model is not ESM-2, an unknown strategy, or a window without a residue.
+        InputError: the model is not ESM-2, an unknown strategy, a position outside, or a window without a residue.
         SequenceError: the wild type is not a protein, or holds ``<mask>``.
     """
     check_token_budget(token_budget)
     if strategy not in get_args(MarginalStrategy):
         raise InputError(f"strategy must be one of {', '.join(get_args(MarginalStrategy))}, got {strategy!r}")
     wild_type = _wild_type(model, sequence, name="sequence")
-    ids, positions = residue_ids(model, wild_type), range(len(wild_type))
-    log_probs = _log_probs(model, ids, positions, strategy=strategy, window=window, token_budget=token_budget)
+    ids = residue_ids(model, wild_type)
+    chosen = range(len(ids)) if positions is None else list(positions)
+    if outside := [position for position in chosen if not 0 <= position < len(ids)]:
+        raise InputError(f"position {outside[0]} is outside the protein, which has {len(ids)} residues")
+    log_probs = _log_probs(model, ids, chosen, strategy=strategy, window=window, token_budget=token_budget)
     columns = residue_ids(model, RESIDUE_ORDER)
-    return log_probs[:, columns] - np.take_along_axis(log_probs, ids[:, None], axis=1)
+    return log_probs[:, columns] - np.take_along_axis(log_probs, ids[chosen, None], axis=1)
 
 
 def score_substitutions(
@@ -178,7 +184,8 @@ def _unmasked_log_probs(
     rows = [with_ends(ids[part.start : part.stop]) for part in windows]
     for batch in length_sorted_batches([len(row) for row in rows], token_budget=token_budget):
         tokens, cu_seqlens = packed([rows[i] for i in batch], device=model.device)
-        found = model(tokens, cu_seqlens=cu_seqlens).logits.float().log_softmax(dim=-1).double().cpu().numpy()
+        logits = model(tokens, cu_seqlens=cu_seqlens).logits
+        found = without_nan(logits.float().log_softmax(dim=-1).double().cpu().numpy())
         for part, log_probs in zip(
             (windows[i] for i in batch), np.split(found, cu_seqlens[1:-1].tolist()), strict=True
         ):

@@ -1,7 +1,8 @@
 """Files and folders that exist wholly or not at all.
 
-Both context managers hand out a hidden sibling of the destination, so that the final rename stays on one filesystem. An
-exception inside the block, an interrupt included, removes what was written and leaves the destination as it was.
+The context managers hand out a hidden sibling of the destination, or a path in one, so that the final rename stays on
+one filesystem. An exception inside the block, an interrupt included, removes what was written and leaves the
+destination as it was.
 """
 
 from __future__ import annotations
@@ -52,6 +53,35 @@ def new_file(destination: str | Path) -> Iterator[Path]:
         except BaseException:
             staging.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def new_files(destination: str | Path) -> Iterator[Path]:
+    """Yield a path of the same name to write to, for formats that may put further files beside it.
+
+    When the block ends well, all that is there moves to the folder of `destination`.
+
+    Raises:
+        InputError: `destination`, or a file of the name of another that was written, exists.
+    """
+    destination = Path(destination)
+    _refuse_existing(destination)
+    with _sibling(destination) as staging:
+        try:
+            staging.mkdir()
+            yield staging / destination.name
+            written = sorted(staging.iterdir(), key=lambda path: path.name == destination.name)
+            for path in written:
+                _refuse_existing(destination.with_name(path.name))
+            for path in written:  # Destination itself last: where it is, all is.
+                path.rename(destination.with_name(path.name))
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _refuse_existing(destination: Path) -> None:
+    if destination.exists():
+        raise InputError(f"destination {destination} already exists; remove it or choose another")
 
 
 @contextmanager

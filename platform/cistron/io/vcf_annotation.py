@@ -22,20 +22,33 @@ from cistron.io.vcf import FIXED_COLUMNS, parse_record, read_lines, require_pysa
 
 _INFO: Final = FIXED_COLUMNS.index("INFO")
 _MISSING: Final = "."
+_COMPRESSED: Final = (".vcf.gz", ".vcf.bgz")
 
 
 @dataclass(frozen=True, slots=True)
 class InfoField:
-    """Declaration of an INFO field with one value per alternative allele."""
+    """Declaration of an INFO field with one value per alternative allele (VCF 4.3, section 1.4.2).
+
+    Attributes:
+        name: its ID.
+        type: ``Float``, ``Integer`` or ``String``.
+        description: what it means.
+        source: what it was computed from; left out if empty.
+        version: of the program that did; left out if empty.
+    """
 
     name: str
     type: str
     description: str
+    source: str = ""
+    version: str = ""
 
     @property
     def header(self) -> str:
         """Line of the header."""
-        return f'##INFO=<ID={self.name},Number=A,Type={self.type},Description="{self.description}">'
+        texts = {"Description": self.description, "Source": self.source, "Version": self.version}
+        quoted = ",".join(f'{key}="{_escaped(text)}"' for key, text in texts.items() if text)
+        return f"##INFO=<ID={self.name},Number=A,Type={self.type},{quoted}>"
 
 
 def annotate_vcf(
@@ -43,12 +56,12 @@ def annotate_vcf(
 ) -> None:
     """Write the records of `source` with more INFO; the file appears whole or not at all.
 
-    A name that ends in ``.gz`` is compressed by blocks, and indexed for ``tabix`` if the records are sorted. INFO
-    fields of the same names are replaced.
+    A name that ends in ``.gz`` or ``.bgz`` is compressed by blocks, and indexed for ``tabix`` if the records are
+    sorted. INFO fields of the same names are replaced.
 
     Args:
         source: VCF or BCF.
-        destination: name that ends in ``.vcf`` or ``.vcf.gz``.
+        destination: name that ends in ``.vcf``, ``.vcf.gz`` or ``.vcf.bgz``.
         fields: what is added.
         values: for each alternative allele, in the order of the file, a value of each field; None is missing. A record
             without alternatives stays as it is, and takes no values.
@@ -59,7 +72,7 @@ def annotate_vcf(
     """
     check_annotation(source, destination)
     lines = _annotated(source, fields, iter(values))
-    if not str(destination).endswith(".gz"):
+    if not str(destination).endswith(_COMPRESSED):
         with storage.open_output(destination) as stream:
             _write(stream.write, lines)
         return
@@ -79,14 +92,14 @@ def check_annotation(source: PathLike, destination: PathLike) -> None:
     """Check that an annotated file can be written, which a long computation may have to come before.
 
     Raises:
-        InputError: another name than ``.vcf`` or ``.vcf.gz``, or that of the source.
+        InputError: another name than ``.vcf``, ``.vcf.gz`` or ``.vcf.bgz``, or that of the source.
         CapabilityError: compression without pysam.
     """
-    if not str(destination).endswith((".vcf", ".vcf.gz")):
-        raise InputError(f"{destination}: an annotated VCF is named .vcf or .vcf.gz")
+    if not str(destination).endswith((".vcf", *_COMPRESSED)):
+        raise InputError(f"{destination}: an annotated VCF is named .vcf, .vcf.gz or .vcf.bgz")
     if storage.absolute(source) == storage.absolute(destination):
         raise InputError(f"{destination}: the annotated VCF would replace its source; choose another name")
-    if str(destination).endswith(".gz"):
+    if str(destination).endswith(_COMPRESSED):
         require_pysam(f"writing {destination}")
 
 
@@ -121,6 +134,11 @@ def _with_info(info: str, fields: Sequence[InfoField], rows: Sequence[Sequence[o
     columns = zip(*rows, strict=True)
     added = [f"{field.name}={','.join(map(_formatted, column))}" for field, column in zip(fields, columns, strict=True)]
     return ";".join(kept + added)
+
+
+def _escaped(text: str) -> str:
+    """Return a text as it stands between the quotes of a header line, which has no room for a line's end."""
+    return " ".join(text.replace("\\", "\\\\").replace('"', '\\"').splitlines())
 
 
 def _formatted(value: object) -> str:

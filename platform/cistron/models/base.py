@@ -32,7 +32,7 @@ class SequenceModel(nn.Module, ABC):
     config: Config
     tokenizer: Tokenizer
     precision_path: str = "as built"
-    """The arithmetic that ``load_model`` chose: bf16, fp32, fp8, fp8_emulated, fp8_hopper_emulated."""
+    """The arithmetic that ``load_model`` chose: bf16, fp32, fp8, fp8_emulated, fp8_hopper_emulated, int8."""
     precision_reason: str = "not loaded by load_model"
 
     @property

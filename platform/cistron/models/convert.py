@@ -2,10 +2,14 @@
 
 A conversion streams: one tensor is read, renamed, checked and written at a time. Nothing appears under the
 destination's name before everything is there, so a failed conversion never looks like a small success.
+
+The formats are ``cistron``, the native one; of Evo 2 ``vortex``, ``savanna`` and ``mbridge``, which ``evo2.convert``
+describes; of ESM-2 ``hf``, ``fair-esm`` and ``bionemo-te``, which ``esm2.convert`` does.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,8 +19,9 @@ import torch
 
 from cistron.config import parse_yaml
 from cistron.errors import InputError, UnknownNameError, nearest
-from cistron.io.atomic import new_directory, new_file
+from cistron.io.atomic import new_directory, new_files
 from cistron.models.checkpoint import check_tensors, iterate_checkpoint, read_config, write_checkpoint
+from cistron.models.detect import AUTO, NATIVE, detect_format
 from cistron.models.esm2 import convert as esm2
 from cistron.models.evo2 import convert as evo2
 from cistron.models.evo2.config import Evo2Config, Parametrization
@@ -24,7 +29,7 @@ from cistron.models.evo2.forms import to_form
 from cistron.models.families import ModelConfig
 from cistron.models.manifest import sha256
 
-NATIVE: Final = "cistron"
+logger = logging.getLogger(__name__)
 
 Tensors: TypeAlias = Iterator[tuple[str, torch.Tensor]]
 Reader: TypeAlias = Callable[..., tuple[ModelConfig, Tensors]]
@@ -36,6 +41,7 @@ READERS: Final[Mapping[str, Reader]] = {
     "mbridge": cast(Reader, evo2.read_mbridge),
     "hf": cast(Reader, esm2.read_hf),
     "fair-esm": cast(Reader, esm2.read_fair_esm),
+    "bionemo-te": cast(Reader, esm2.read_bionemo_te),
 }
 """Formats that can be converted from, beside the native one."""
 
@@ -45,6 +51,7 @@ WRITERS: Final[Mapping[str, tuple[str, Writer]]] = {
     "mbridge": ("evo2", evo2.write_mbridge),
     "hf": ("esm", esm2.write_hf),
     "fair-esm": ("esm", esm2.write_fair_esm),
+    "bionemo-te": ("esm", esm2.write_bionemo_te),
 }
 """Formats that can be converted to, beside the native one, with the ``model_type`` that each can hold."""
 
@@ -54,8 +61,8 @@ _PART: Final = re.compile(r"\.part\d+$")
 _RANK_FILES: Final = "mp_rank_*_model_states.pt"
 """The weights of a training run, beside which much larger optimiser states may lie."""
 
-_FOLDER_FORMATS: Final = frozenset({"hf", "mbridge"})
-"""Written as a folder; the others are one file."""
+_FOLDER_FORMATS: Final = frozenset({"hf", "bionemo-te", "mbridge"})
+"""Written as a folder; the others are a file, or two."""
 
 _ONLY_FORM: Final[Mapping[str, Parametrization]] = {
     "vortex": "inference",
@@ -80,8 +87,9 @@ def convert_checkpoint(
     Args:
         source: file or folder, as the format has it.
         destination: must not exist, or be an empty folder.
-        source_format: ``vortex``, ``savanna``, ``mbridge``, ``hf``, ``fair-esm`` or ``cistron``.
-        target_format: the same choice.
+        source_format: ``vortex``, ``savanna``, ``mbridge``, ``hf``, ``fair-esm``, ``bionemo-te`` or ``cistron``; or
+            ``auto``, which looks at names of files and tensors.
+        target_format: the same choice, except ``auto``.
         config: the source's configuration in its own field names, or a JSON or YAML file of it, where the source does
             not say: custom sizes in bare weight files. Cistron's names do for Evo 2 as well.
         trust_pickle: let a pickled source run code. Without it only tensors and a few harmless types are unpickled.
@@ -96,6 +104,9 @@ def convert_checkpoint(
         InputError: the destination exists, or the target format cannot hold this family or form.
     """
     source, destination = Path(source), Path(destination)
+    if source_format == AUTO:
+        source_format = detect_format(source)
+        logger.info("%s looks like %s", source, source_format)
     _check_format("source_format", source_format, READERS)
     _check_format("target_format", target_format, WRITERS)
     if source_format == NATIVE and config is not None:
@@ -114,21 +125,16 @@ def convert_checkpoint(
         raise InputError(
             f"target_format {target_format} holds {model_type} models, and {source} is {parsed.model_type}"
         )
-    create = new_directory if target_format in _FOLDER_FORMATS else _new_file
+    if target_format == "fair-esm":
+        esm2.check_beside(destination)
+    create = new_directory if target_format in _FOLDER_FORMATS else new_files
     with create(destination) as staging:
         write(parsed, check_tensors(tensors, parsed, source=str(source)), staging)
     return destination
 
 
-def _new_file(destination: Path) -> Any:
-    """Refuse to replace a file, unlike :func:`new_file`."""
-    if destination.exists():
-        raise InputError(f"destination {destination} already exists; remove it or choose another")
-    return new_file(destination)
-
-
 def _check_format(setting: str, name: str, foreign: Mapping[str, Any]) -> None:
-    known = [*foreign, NATIVE]
+    known = [*foreign, NATIVE, *([AUTO] if foreign is READERS else [])]
     if name not in known:
         raise UnknownNameError(f"{setting}: unknown format {name!r}{nearest(name, known)} (known: {', '.join(known)})")
 

@@ -124,9 +124,16 @@ def _load_tensor(reader: filesystem.FileSystemReader, described: metadata.Metada
 def _load_stream(directory: Path, described: metadata.Metadata, name: str) -> list[bytes]:
     """Read the bytes of an entry that is no tensor."""
     found = [info for index, info in described.storage_data.items() if index.fqn == name]
-    contents = []
-    for info in found:
-        with (directory / info.relative_path).open("rb") as stream:
-            stream.seek(info.offset)
-            contents.append(stream.read(info.length))
-    return contents
+    return [_read_bytes(directory / info.relative_path, info.offset, info.length, name) for info in found]
+
+
+def _read_bytes(path: Path, offset: int, length: int, name: str) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            data = stream.read(length)
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(f"{path} does not exist, and {name} is in it") from error
+    if len(data) < length:
+        raise CheckpointError(f"{path} is truncated: {name} should end at byte {offset + length:,}")
+    return data

@@ -4,6 +4,8 @@ Released Evo 2 weights were trained with FP8 input projections, and some sizes l
 known comes from two publications: the support matrix and evaluation losses in the README of NVIDIA's BioNeMo recipe for
 Evo 2 (:data:`EVIDENCE`), and Arc Institute's README, which asks for FP8 on Hopper for 1B, 20B and 40B. ``auto`` takes a
 path only if that evidence says it is good; every other path runs when it is named, with a warning.
+
+ESM-2 has one path of its own, which only runs when it is named: ``int8``, its linear layers in int8 on a CPU.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ import torch
 
 from cistron.errors import CapabilityError, ConfigError
 from cistron.models import published
+from cistron.models.esm2.config import Esm2Config
 from cistron.models.evo2.config import Evo2Config
 from cistron.models.families import ModelConfig
 from cistron.models.layers.fp8 import Fp8Path
 from cistron.models.layers.fp8_hardware import Generation, Hardware, fp8_hardware
 
-Precision = Literal["auto", "fp8", "fp8_emulated", "fp8_hopper_emulated", "bf16", "fp32"]
+Precision = Literal["auto", "fp8", "fp8_emulated", "fp8_hopper_emulated", "bf16", "fp32", "int8"]
 
 Verdict = Literal["good", "bad", "untested"]
 
-DTYPES: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.float32}
+"""Of the weights as they are loaded; int8 is made from fp32."""
 _EMULATIONS: Final[Mapping[str, Fp8Path]] = {"fp8_emulated": "emulated", "fp8_hopper_emulated": "hopper_emulated"}
 
 
@@ -91,9 +95,12 @@ def plan_precision(
         source: names the model in messages.
 
     Raises:
-        CapabilityError: ``fp8`` without such hardware; ``auto`` where no path here is known to be good.
-        ConfigError: an FP8 path for a model that has no such projections.
+        CapabilityError: ``fp8`` without such hardware, ``int8`` elsewhere than on a CPU; ``auto`` where no path here is
+            known to be good.
+        ConfigError: an FP8 path for a model that has no such projections, or int8 for one that is not ESM-2.
     """
+    if precision == "int8":
+        return _in_int8(config, device, source)
     evidence = _evidence(config)
     if precision in DTYPES:
         return Plan(precision, DTYPES[precision], None, "as asked", _warning(evidence, "bad"))
@@ -112,6 +119,14 @@ def plan_precision(
             f"precision=fp8 is not possible here: {hardware.reason}; fp8_emulated and fp8_hopper_emulated run anywhere"
         )
     return Plan("fp8", dtype, hardware.path, f"on {hardware.reason}{_scales(config)}", _warning(evidence, verdict))
+
+
+def _in_int8(config: ModelConfig, device: torch.device, source: str) -> Plan:
+    if not isinstance(config, Esm2Config):
+        raise ConfigError(f"precision=int8 is for the linear layers of ESM-2, and {source} has none that it applies to")
+    if device.type != "cpu":
+        raise CapabilityError(f"precision=int8 runs on the CPU, and {source} is to run on {device}: use bf16 there")
+    return Plan("int8", DTYPES["int8"], None, "as asked")
 
 
 def _evidence(config: ModelConfig) -> Evidence | None:

@@ -44,6 +44,11 @@ ALIASES: Final[Mapping[str, str]] = {
 }
 """Short names, each of one model only."""
 
+UNPUBLISHED: Final[Mapping[str, str]] = dict.fromkeys(
+    ("esm2_20b", "esm2_t64_20B", "esm2_t64_20B_UR50D"), "esm2_20b_unpublished"
+)
+"""Names under which people look for a model that nobody published, and the name of its shape here."""
+
 _CONTEXT_8K: Final = 8_192
 _CONTEXT_262K: Final = 262_144
 _CONTEXT_1M: Final = 1_048_576
@@ -154,6 +159,10 @@ _ESM2_SHAPES: Final[Mapping[str, tuple[int, int, int, int]]] = {
 }
 """Layers, heads, width and parameters."""
 
+_ESM2_20B: Final = (64, 40, 5120)
+"""Layers, heads and width of a model of 20 billion parameters, of which speeds have been reported, and nothing else:
+the shape is the one of 15B's width that has so many, and a guess."""
+
 
 def all_specs() -> Iterator[ModelSpec]:
     """Yield every named model."""
@@ -162,11 +171,15 @@ def all_specs() -> Iterator[ModelSpec]:
     for name, shape in {**_NVIDIA_SHAPES, **_UNRELEASED_SHAPES}.items():
         yield ModelSpec(name, "evo2", Evo2Config(**shape), None)
     for name, (layers, heads, width, parameters) in _ESM2_SHAPES.items():
-        config = Esm2Config(
-            num_hidden_layers=layers, num_attention_heads=heads, hidden_size=width, intermediate_size=4 * width
-        )
-        yield ModelSpec(name, "esm2", config, parameters, (f"{_META}{name}",))
+        yield ModelSpec(name, "esm2", _esm2(layers, heads, width), parameters, (f"{_META}{name}",))
+    yield ModelSpec("esm2_20b_unpublished", "esm2", _esm2(*_ESM2_20B), None)
     yield from _tiny_specs()
+
+
+def _esm2(layers: int, heads: int, width: int) -> Esm2Config:
+    return Esm2Config(
+        num_hidden_layers=layers, num_attention_heads=heads, hidden_size=width, intermediate_size=4 * width
+    )
 
 
 def _tiny_specs() -> Iterator[ModelSpec]:
@@ -180,6 +193,5 @@ def _tiny_specs() -> Iterator[ModelSpec]:
         rotary_base=1e4,
         max_length=_CONTEXT_8K,
     )
-    esm2 = Esm2Config(num_hidden_layers=4, num_attention_heads=4, hidden_size=64, intermediate_size=256)
     yield ModelSpec("evo2_tiny", "evo2", evo2, None)
-    yield ModelSpec("esm2_tiny", "esm2", esm2, None)
+    yield ModelSpec("esm2_tiny", "esm2", _esm2(4, 4, 64), None)

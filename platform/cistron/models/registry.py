@@ -24,6 +24,7 @@ from cistron.models.base import SequenceModel
 from cistron.models.checkpoint import CONFIG, load_checkpoint, read_config
 from cistron.models.families import ModelConfig, build, parse_config
 from cistron.models.layers.fp8 import set_fp8_path
+from cistron.models.layers.int8 import quantize_linears
 from cistron.models.manifest import MANIFEST, read_manifest
 from cistron.models.precision import DTYPES, Plan, plan_precision
 from cistron.models.precision import Precision as Precision
@@ -50,6 +51,7 @@ def get_spec(name: str) -> ModelSpec:
         UnknownNameError: no such model; the message holds the nearest name.
     """
     canonical = ALIASES.get(name, name)
+    _refuse_unpublished(name)
     if canonical not in _SPECS:
         raise UnknownNameError(f"unknown model {name!r}{nearest(name, _SPECS)} (known: {', '.join(_SPECS)})")
     return _SPECS[canonical]
@@ -95,7 +97,8 @@ def load_model(
         trust_pickle: has no effect on native checkpoints, which hold no pickles; see :func:`convert_checkpoint`.
         precision: ``auto`` takes the best path that is known to be good for the model on `device`: the dtype of the
             weights, or FP8 input projections on hardware that has them. ``bf16``, ``fp32``, ``fp8``, ``fp8_emulated``
-            and ``fp8_hopper_emulated`` run so whatever the model. The FP8 paths are for inference only.
+            and ``fp8_hopper_emulated`` run so whatever the model. ``int8`` is for the linear layers of ESM-2 on a CPU;
+            the log says how far its logits are from those in fp32. FP8 and int8 are for inference only.
 
     Returns:
         The model; ``precision_path`` and ``precision_reason`` say which path it took, and so does the log.
@@ -105,8 +108,8 @@ def load_model(
         CheckpointError: what is there is not a complete native checkpoint.
         UnknownNameError: `source` is neither a path nor a registry name.
         CapabilityError: ``auto``, and every path that is possible here is known to degrade the model or untested;
-            or ``fp8`` without such hardware.
-        ConfigError: `dtype` and `precision` contradict each other, or the model has nothing that FP8 applies to.
+            or ``fp8`` without such hardware, or ``int8`` elsewhere than on a CPU.
+        ConfigError: `dtype` and `precision` contradict each other, or the model has nothing that the path is for.
     """
     del trust_pickle
     if precision not in get_args(Precision):
@@ -137,10 +140,11 @@ def _on_path(model: SequenceModel, plan: Plan, source: str | Path) -> SequenceMo
     """Let `model` run as planned, and say so."""
     weights = str(next(model.parameters()).dtype).removeprefix("torch.")
     set_fp8_path(model, plan.fp8)
+    reason = plan.reason if plan.path != "int8" else f"{plan.reason}; {quantize_linears(model)}"
     model.precision_path = plan.path or _SHORT.get(weights, weights)
-    model.precision_reason = plan.reason
+    model.precision_reason = reason
     path = f"precision path {model.precision_path}, weights in {weights}"
-    logger.info("%s: %s on %s, %s (%s)", source, model.family, model.device, path, plan.reason)
+    logger.info("%s: %s on %s, %s (%s)", source, model.family, model.device, path, reason)
     if plan.warning:
         logger.warning("%s: precision path %s: %s", source, model.precision_path, plan.warning)
     return model
@@ -167,6 +171,7 @@ def _local_checkpoint(source: str | Path, *, only: Sequence[str] | None = None) 
 
 def _registered(name: str) -> Path:
     """Return where the checkpoint of a registry name lies."""
+    _refuse_unpublished(name)
     if name not in ALIASES and name not in _SPECS:
         raise UnknownNameError(
             f"{name!r} is neither a folder here nor a model{nearest(name, _SPECS)} (known: {', '.join(_SPECS)})"
@@ -178,11 +183,19 @@ def _registered(name: str) -> Path:
     where = (
         f"{folder}/{spec.name} does not exist" if folder else f"the environment variable {MODELS_VARIABLE} is not set"
     )
-    origin = f"; its weights are published at {spec.sources[0]}" if spec.sources else ""
+    origin = f"its weights are published at {spec.sources[0]}" if spec.sources else "nobody is known to publish any"
     raise CheckpointNotFoundError(
-        f"the weights of {spec.name} are not on this machine: {where}{origin}. Convert them with `cistron convert` "
+        f"the weights of {spec.name} are not on this machine: {where}; {origin}. Convert them with `cistron convert` "
         f"into ${MODELS_VARIABLE}/{spec.name}, or give load_model the folder"
     )
+
+
+def _refuse_unpublished(name: str) -> None:
+    if (shape := published.UNPUBLISHED.get(name)) is not None:
+        raise UnknownNameError(
+            f"no model {name!r} was ever published: neither its weights nor its settings. {shape} is a shape of that "
+            "size, for training and for measurements of speed"
+        )
 
 
 def _downloaded(url: str, folder: Path, only: Sequence[str] | None) -> Path:

@@ -7,12 +7,17 @@ start, and filled when the last tensor is written: the format allows trailing sp
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 import torch
+from safetensors.torch import load_file
+
+from cistron.errors import CheckpointError
 
 _DTYPES: Final = {
     torch.float64: "F64",
@@ -45,6 +50,16 @@ def write_safetensors(
             writer.add(name, tensor)
 
 
+@contextmanager
+def mapped_tensors(
+    tensors: Iterable[tuple[str, torch.Tensor]], *, names: Collection[str], folder: Path
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield a stream's tensors all at once, mapped from a temporary file in `folder`: memory need not hold them."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".safetensors") as file:
+        write_safetensors(Path(file.name), tensors, names=names, metadata={})
+        yield load_file(file.name)
+
+
 class SafetensorsWriter:
     """A safetensors file that grows tensor by tensor; it is valid once the ``with`` block has ended.
 
@@ -69,7 +84,13 @@ class SafetensorsWriter:
         return list(self._entries)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append a tensor."""
+        """Append a tensor.
+
+        Raises:
+            CheckpointError: numbers of a kind that weights are not stored in, such as scaled 8-bit ones.
+        """
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"tensor {name} holds {tensor.dtype}, which checkpoints are not written in")
         flat = tensor.detach().cpu().contiguous().flatten()
         self._stream.write(flat.view(torch.uint8).numpy().data)
         end = self.num_bytes + flat.nbytes

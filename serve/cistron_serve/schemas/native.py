@@ -19,6 +19,7 @@ MAX_LETTERS: Final = 1 << 20
 ModelId = Annotated[str, StringConstraints(pattern=MODEL_PATTERN, max_length=64)]
 Sequence = Annotated[str, StringConstraints(min_length=1, max_length=MAX_LETTERS)]
 Sequences = Annotated[list[Sequence], Field(min_length=1, max_length=1024)]
+Window = Annotated[int, Field(ge=1, le=MAX_LETTERS)]
 LayerName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 LayerIndex = Annotated[StrictInt, Field(ge=-1024, le=1023)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -48,6 +49,8 @@ class ScoreRequest(Request):
     """DNA only: average the scores of both strands."""
     prepend_bos: bool = False
     """DNA only: put the beginning-of-sequence token first, so that the first nucleotide is scored too."""
+    window: Window | None = None
+    """Proteins only: residues around a masked one that the model sees; as many as it saw in training if null."""
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of ``cistron.score_sequences``."""
@@ -63,10 +66,13 @@ class EmbedRequest(Request):
     """``embedding``, ``blocks.0`` ..., ``final_norm``; integers index blocks, -1 is ``final_norm``."""
     pooling: Literal["mean", "cls", "last", "none"] = "mean"
     """``none`` returns one vector per token."""
+    window: Window | None = None
+    """Proteins only: residues that the model sees at once; longer ones are read in overlapping windows whose vectors
+    are averaged. As many as it saw in training if null."""
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments of ``cistron.embed_sequences``."""
-        return {"layers": tuple(self.layers), "pooling": self.pooling}
+        return {"layers": tuple(self.layers), "pooling": self.pooling, "window": self.window}
 
 
 class GenerateRequest(Request):
@@ -194,12 +200,15 @@ class ModelCard(Body):
     sha256: str | None
     """Of the weights, from the checkpoint's manifest."""
     dtype: str
+    """Number format of the weights, or of the products where that is another (int8, fp8)."""
     device: str
     num_parameters: int
     num_layers: int
     hidden_size: int
     max_length: int
     """Longest sequence served, in nucleotides or residues."""
+    trained_length: int
+    """Longest sequence seen in training; longer proteins are read in windows of at most that many residues."""
     operations: list[Literal["generate", "score", "embed"]]
     limits: Limits
 

@@ -28,6 +28,15 @@ def test_text_tables(tmp_path: Path, name: str, text: str):
     assert list(read_alleles(tmp_path / name)) == EXPECTED
 
 
+def test_a_comma_separates_alternatives(tmp_path: Path):
+    (tmp_path / "v.tsv").write_text("#CHROM\tPOS\tREF\tALT\n1\t7\tA\tC,G\n1\t8\tA\tT\n")
+    assert list(read_alleles(tmp_path / "v.tsv")) == [
+        Allele(0, "1", 7, "A", "C"),
+        Allele(0, "1", 7, "A", "G"),
+        Allele(1, "1", 8, "A", "T"),
+    ]
+
+
 def test_parquet(tmp_path: Path):
     table = pa.table(
         {

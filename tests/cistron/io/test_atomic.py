@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cistron.errors import InputError
-from cistron.io.atomic import new_directory, new_file
+from cistron.io.atomic import new_directory, new_file, new_files
 
 
 def test_a_folder_appears_when_all_of_it_is_written(tmp_path: Path):
@@ -30,6 +30,27 @@ def test_a_file_is_replaced_when_the_new_one_is_written(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [destination]
 
 
+def write_two(path: Path):
+    with new_files(path) as staging:
+        staging.write_text("1")
+        staging.with_name("b.pt").write_text("2")
+        assert staging.name == path.name
+        assert not any(other.parent.samefile(path.parent) for other in (staging, staging.with_name("b.pt")))
+
+
+def test_files_that_belong_together_appear_together(tmp_path: Path):
+    write_two(tmp_path / "deep" / "a.pt")
+    assert {path.name: path.read_text() for path in (tmp_path / "deep").iterdir()} == {"a.pt": "1", "b.pt": "2"}
+
+
+@pytest.mark.parametrize("taken", ["a.pt", "b.pt"])
+def test_no_file_of_several_is_replaced(taken: str, tmp_path: Path):
+    (tmp_path / taken).write_text("mine")
+    with pytest.raises(InputError, match=f"{taken} already exists"):
+        write_two(tmp_path / "a.pt")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {taken: "mine"}
+
+
 def write_and_fail(create: Callable[[Path], AbstractContextManager[Path]], path: Path, error: type[BaseException]):
     with create(path) as staging:
         target = staging / "a" if staging.is_dir() else staging
@@ -40,7 +61,12 @@ def write_and_fail(create: Callable[[Path], AbstractContextManager[Path]], path:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failure_leaves_things_as_they_were(tmp_path: Path, error: type[BaseException]):
     (tmp_path / "file").write_text("old")
-    for create, name in ((new_directory, "folder"), (new_file, "file"), (new_file, "new/deep/file")):
+    for create, name in (
+        (new_directory, "folder"),
+        (new_file, "file"),
+        (new_file, "new/deep/file"),
+        (new_files, "new/files"),
+    ):
         with pytest.raises(error):
             write_and_fail(create, tmp_path / name, error)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

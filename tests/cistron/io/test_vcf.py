@@ -113,6 +113,18 @@ def test_bgzip_tabix_and_bcf(tmp_path: Path):
     assert list(read_vcf(tmp_path / "again.vcf")) == list(read_vcf(tmp_path / "in.vcf"))
 
 
+def test_the_header_says_where_values_come_from(tmp_path: Path):
+    pysam = pytest.importorskip("pysam", reason="pysam is not installed")
+    field = InfoField("EVO2_DELTA", "Float", 'the "change"', source='a\\b "c"\nd', version="cistron 1")
+    annotate_vcf(vcf(tmp_path), tmp_path / "out.vcf.bgz", [field], [value[:1] for value in VALUES])
+    assert (tmp_path / "out.vcf.bgz.tbi").exists()
+    with pysam.VariantFile(str(tmp_path / "out.vcf.bgz")) as file:
+        [declared] = [record for record in file.header.records if record.get("ID") == "EVO2_DELTA"]
+        assert dict(declared)["Source"] == '"a\\\\b \\"c\\" d"'
+        assert dict(declared)["Version"] == '"cistron 1"'
+        assert [record.info.get("EVO2_DELTA") for record in file.fetch("chr1", 4, 5)] == [None, (2.0,)]
+
+
 def test_unsorted_records_keep_their_order_and_have_no_index(tmp_path: Path):
     pytest.importorskip("pysam", reason="pysam is not installed")
     text = HEADER + "".join(reversed(RECORDS.splitlines(keepends=True)))
@@ -157,7 +169,7 @@ def test_a_byte_order_mark_and_bytes_that_are_no_utf8_survive(tmp_path: Path):
     path.write_bytes(b"\xef\xbb\xbf" + HEADER.encode() + body)
     annotate_vcf(path, tmp_path / "out.vcf", FIELDS, VALUES)
     assert b"\tr\xe9\t" in (tmp_path / "out.vcf").read_bytes()
-    with pytest.raises(InputError, match=r"named \.vcf or \.vcf\.gz"):
+    with pytest.raises(InputError, match=r"named \.vcf, \.vcf\.gz or \.vcf\.bgz"):
         annotate_vcf(path, tmp_path / "out.txt", FIELDS, VALUES)
     with pytest.raises(InputError, match="would replace its source"):
         annotate_vcf(path, f"{tmp_path}/./in.vcf", FIELDS, VALUES)

@@ -110,7 +110,7 @@ def test_a_bare_file_without_configuration_is_refused(tmp_path: Path):
         (
             {"source_format": "vortex", "target_format": "fairesm"},
             UnknownNameError,
-            r"target_format: .*did you mean 'fair-esm'\? \(known: vortex, savanna, mbridge, hf, fair-esm, cistron\)",
+            r"target_format: .*did you mean 'fair-esm'\? \(known: vortex, .* hf, fair-esm, bionemo-te, cistron\)",
         ),
         ({"source_format": "vortex", "target_format": "hf"}, InputError, "hf holds esm models, and .* is evo2"),
         ({"source_format": "vortex", "config": "nowhere.yaml"}, InputError, "config: no such file: nowhere.yaml"),
@@ -202,10 +202,19 @@ def test_vortex_reads_the_pickle_that_is_written(tmp_path: Path):
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_pickle_that_cannot_be_written_is_refused(tmp_path: Path):
-    with pytest.raises(InputError, match=r"end the name in \.safetensors"):
-        convert_checkpoint(ESM2, tmp_path / "out.pt", source_format="fair-esm", target_format="fair-esm")
-    assert not list(tmp_path.iterdir())
+def test_fair_esm_reads_the_two_pickles_that_are_written(tmp_path: Path):
+    out = convert_checkpoint(ESM2, tmp_path / "esm2_x.pt", source_format="fair-esm", target_format="fair-esm")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["esm2_x-contact-regression.pt", "esm2_x.pt"]
+    back = convert_checkpoint(out, tmp_path / "back", source_format="fair-esm")
+    native = convert_checkpoint(ESM2, tmp_path / "native", source_format="fair-esm")
+    assert sha256(back / "model.safetensors") == sha256(native / "model.safetensors")
+
+
+def test_neither_of_two_files_is_replaced(tmp_path: Path):
+    (tmp_path / "esm2_x-contact-regression.pt").write_text("mine")
+    with pytest.raises(InputError, match=r"regression\.pt, the contact regression, already exists"):
+        convert_checkpoint(ESM2, tmp_path / "esm2_x.pt", source_format="fair-esm", target_format="fair-esm")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("kept", [0, 3, 5_000, 50_000])

@@ -9,13 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cistron.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from cistron.models.checkpoint import write_checkpoint
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.convert import read_fair_esm, read_hf, write_fair_esm, write_hf
 from cistron.models.esm2.model import Esm2
+from cistron.models.registry import get_spec
 from cistron.tokenizers import ProteinTokenizer
 
 SOURCE = Path(__file__).parents[2] / "golden" / "esm2_tiny.fair_esm.safetensors"
 FIELDS = {"encoder_layers": 3, "encoder_embed_dim": 40, "encoder_attention_heads": 4, "token_dropout": True}
+TENSORFLOW = {"weight": "gamma", "bias": "beta"}
 CONTACTS = {"contact_head.regression.weight", "contact_head.regression.bias"}
 
 
@@ -170,6 +173,36 @@ def test_fair_esm_round_trip_is_exact(tmp_path, fair_esm, reference):
         assert json.loads(stream.metadata()["config"]) == FIELDS
 
 
+def test_fair_esm_pickles_load_without_trust_as_its_loader_reads_them(tmp_path, fair_esm, reference):
+    """The loader takes settings as attributes, and adds the tensors of the second file to those of the first."""
+    write_fair_esm(reference[0], reference[1].items(), tmp_path / "esm2_tiny.pt")
+    content = torch.load(tmp_path / "esm2_tiny.pt", weights_only=True)
+    settings = content["cfg"]["model"]
+    assert {name: getattr(settings, name) for name in FIELDS} == FIELDS
+    assert dict(settings) == FIELDS
+    regression = torch.load(tmp_path / "esm2_tiny-contact-regression.pt", weights_only=True)["model"]
+    assert regression.keys() == CONTACTS
+    assert_same({**content["model"], **regression}, fair_esm)
+    embedding, tied = (content["model"][name] for name in ("embed_tokens.weight", "lm_head.weight"))
+    assert embedding.data_ptr() == tied.data_ptr()
+
+
+def test_fair_esm_pickles_without_a_contact_head(tmp_path, reference, caplog):
+    tensors = {n: torch.zeros_like(t) if "contact_head" in n else t for n, t in reference[1].items()}
+    write_fair_esm(reference[0], tensors.items(), tmp_path / "esm2_tiny.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["esm2_tiny.pt"]
+    assert "wants a contact regression beside it, and there is none" in caplog.text
+    assert_same(native(read_fair_esm, tmp_path / "esm2_tiny.pt")[1], tensors)
+
+
+def test_fair_esm_settings_under_args(tmp_path, fair_esm, reference):
+    settings = argparse.Namespace(**FIELDS | {"token_dropout": False}, arch="x")
+    torch.save({"args": settings, "model": dict(fair_esm)}, tmp_path / "m.pt")
+    config, tensors = native(read_fair_esm, tmp_path / "m.pt")
+    assert config == reference[0].model_copy(update={"token_dropout": False})
+    assert_same(tensors, reference[1])
+
+
 def test_fair_esm_refuses_what_it_cannot_express(tmp_path, reference):
     config = reference[0].model_copy(update={"layer_norm_eps": 1e-6})
     with pytest.raises(CheckpointError, match="layer_norm_eps"):
@@ -256,6 +289,74 @@ def test_old_hub_pickles_are_read(tmp_path, reference, sharded):
     parsed, tensors = native(read_hf, tmp_path)
     assert parsed == reference[0]
     assert_same(tensors, reference[1])
+
+
+def test_what_old_hub_files_hold_beside_weights_is_dropped_aloud(tmp_path, reference, caplog):
+    state = old_hugging_face_state(reference)
+    state["esm.pooler.dense.weight"], state["esm.pooler.dense.bias"] = torch.zeros(40, 40), torch.zeros(40)
+    state["lm_head.decoder.bias"] = state["lm_head.bias"].clone()
+    for name in list(state):
+        module, _, leaf = name.rpartition(".")
+        if module.endswith("LayerNorm"):
+            state[f"{module}.{TENSORFLOW[leaf]}"] = state.pop(name)
+        elif "contact_head" in name:
+            state[name.removeprefix("esm.")] = state.pop(name)
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(reference[0].to_json()))
+    with caplog.at_level("INFO", logger="cistron"):
+        assert_same(native(read_hf, tmp_path)[1], reference[1])
+    assert "dropping what ESM-2 does not read: esm.embeddings.position_embeddings.weight, esm.embedd" in caplog.text
+
+
+def test_a_model_with_positions_that_are_read_is_refused(tmp_path, reference):
+    save_file(old_hugging_face_state(reference), tmp_path / "model.safetensors")
+    settings = {key: value for key, value in reference[0].to_json().items() if key != "position_embedding_type"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="does not say position_embedding_type"):
+        read_hf(tmp_path, config=None, trust_pickle=False)
+    with pytest.raises(ConfigError, match="ESM-2 has 'rotary', got 'absolute'"):
+        read_hf(tmp_path, config={"position_embedding_type": "absolute"}, trust_pickle=False)
+    assert_same(native(read_hf, tmp_path, config={"position_embedding_type": "rotary"})[1], reference[1])
+
+
+def test_two_spellings_of_one_tensor_are_refused(tmp_path, hf_folder, reference):
+    state = load_file(hf_folder / "model.safetensors")
+    state["esm.encoder.layer.0.LayerNorm.gamma"] = state["esm.encoder.layer.0.LayerNorm.weight"] + 1
+    save_file(state, hf_folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="two spellings of one tensor"):
+        read_hf(hf_folder, config=None, trust_pickle=False)
+
+
+def test_hf_files_have_the_names_that_older_software_reads(hf_folder, reference):
+    state = load_file(hf_folder / "model.safetensors")
+    copies = {f"esm.encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq" for i in range(3)}
+    assert state.keys() == reference[1].keys() - {"esm.rotary_embeddings.inv_freq"} | copies
+    assert all(torch.equal(state[name], reference[1]["esm.rotary_embeddings.inv_freq"]) for name in copies)
+
+
+@pytest.mark.parametrize("size", ["8m", "35m", "150m", "650m", "3b", "15b", "20b_unpublished"])
+def test_every_size_has_the_names_and_shapes_of_transformers(size):
+    transformers = pytest.importorskip("transformers")
+    config = get_spec(f"esm2_{size}").config
+    with torch.device("meta"):
+        theirs = transformers.EsmForMaskedLM(transformers.EsmConfig.from_dict(config.to_json())).state_dict()
+    ours = Esm2(config, device="meta").state_dict()
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items() if "decoder" not in n}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_loads_a_native_checkpoint_bit_by_bit(tmp_path, reference, dtype):
+    """It widens a narrow one to fp32, which changes no value."""
+    transformers = pytest.importorskip("transformers")
+    kept = ("inv_freq", "contact_head")
+    tensors = {n: t.half().float() if n.endswith(kept[0]) else t for n, t in reference[1].items()}
+    tensors = {n: t if any(part in n for part in kept) else t.to(dtype) for n, t in tensors.items()}
+    folder = write_checkpoint(reference[0], tensors.items(), tmp_path / "native")
+    twin, info = transformers.EsmForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    state = twin.state_dict()
+    assert state.keys() == tensors.keys() | {"lm_head.decoder.weight"}
+    assert all(torch.equal(state[name], tensor.to(state[name].dtype)) for name, tensor in tensors.items())
 
 
 def test_hf_without_frequencies_computes_them(tmp_path, reference, caplog):

@@ -1,32 +1,45 @@
-"""The promise of packing, over many random batches: what shares a pack with a protein does not change its numbers."""
+"""The promise of packing, over many random batches: what shares a batch with a protein does not change its numbers."""
 
 import torch
-from tests.cistron.models.test_esm2 import packed, proteins, random_model, tiny_config
+from tests.cistron.models.test_esm2 import MASK, packed, padded, proteins, random_model, tiny_config
 
 BATCHES = 200
-LONGEST = 40
+SHORT, LONG = 40, 160
+LAYERS = ("embedding", "blocks.0", "final_norm")
+
+
+def random_lengths(batch, generator):
+    """Draw lengths in any order; some batches are sorted, or of one length, or hold one much longer protein."""
+    lengths = torch.randint(1, SHORT + 1, (int(torch.randint(1, 9, (), generator=generator)),), generator=generator)
+    if batch % 8 in (0, 4):
+        lengths, _ = lengths.sort(descending=True)
+    if batch % 8 == 1:
+        lengths[:] = lengths[0]
+    if batch % 8 == 2:
+        lengths[len(lengths) // 2] = LONG
+    return lengths.tolist()
+
+
+def found(output):
+    return [output.logits, *output.hidden_states.values()]
 
 
 @torch.inference_mode()
-def test_packed_equals_single_over_random_batches():
-    config = tiny_config(hidden_size=32, num_attention_heads=2)
-    model = random_model(config, seed=1)
+def test_packed_equals_padded_equals_single_over_random_batches():
+    model = random_model(tiny_config(hidden_size=32, num_attention_heads=2), seed=1)
     generator = torch.Generator().manual_seed(2)
-    worst = 0.0
+    worst, shares = 0.0, set()
     for batch in range(BATCHES):
-        size = int(torch.randint(1, 9, (), generator=generator))
-        lengths = torch.randint(1, LONGEST + 1, (size,), generator=generator)
-        if batch % 4 == 0:
-            lengths, _ = lengths.sort(descending=True)
-        if batch % 8 == 1:
-            lengths[:] = lengths[0]
-        rows = proteins(lengths.tolist(), seed=batch)
+        rows = proteins(random_lengths(batch, generator), seed=batch)
         ids, offsets = packed(rows)
-        together = model(ids, cu_seqlens=offsets, hidden_states=["blocks.0", "final_norm"])
-        for row, start, stop in zip(rows, offsets[:-1], offsets[1:], strict=True):
-            alone = model(row[None], hidden_states=["blocks.0", "final_norm"])
-            found = [together.logits, *together.hidden_states.values()]
-            want = [alone.logits, *alone.hidden_states.values()]
-            worst = max(worst, *((f[start:stop] - w[0]).abs().max().item() for f, w in zip(found, want, strict=True)))
+        in_pack = found(model(ids, cu_seqlens=offsets, hidden_states=LAYERS))
+        in_rows = found(model(padded(rows), hidden_states=LAYERS))
+        shares |= {(row == MASK).float().mean().item() for row in rows}
+        for i, (row, start, stop) in enumerate(zip(rows, offsets[:-1], offsets[1:], strict=True)):
+            alone = found(model(row[None], hidden_states=LAYERS))
+            for want, of_pack, of_rows in zip(alone, in_pack, in_rows, strict=True):
+                worst = max(worst, (of_pack[start:stop] - want[0]).abs().max().item())
+                worst = max(worst, (of_rows[i, : len(row)] - want[0]).abs().max().item())
     assert worst < 1e-5
-    assert together.logits.std() > 0.1
+    assert in_pack[0].std() > 0.1, "logits that are all alike prove nothing"
+    assert len(shares) > 50, "token dropout must differ between the rows"

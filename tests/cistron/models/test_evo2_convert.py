@@ -267,3 +267,9 @@ def test_a_feature_without_a_place_in_vortex_is_refused(tmp_path):
     config = read(TINY)[0].model_copy(update={"hcs_bias": True})
     with pytest.raises(CheckpointError, match="hcs_bias"):
         write_vortex(config, Evo2(config).state_dict().items(), tmp_path / "out.safetensors")
+
+
+def test_a_key_that_is_no_text_is_an_unexpected_tensor(tmp_path):
+    torch.save({**load_file(TINY), 7: torch.zeros(3)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="unexpected tensor 7"):
+        read(tmp_path / "x.pt", config=settings())

@@ -253,6 +253,24 @@ def test_broken_folders_are_named(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_missing_file_of_states_is_named(tmp_path):
+    theirs = mbridge(random_layers())
+    theirs["decoder.layers.0.mixer.dense_projection._extra_state/shard_0_1"] = io.BytesIO(b"state")
+    file = next(write(tmp_path, theirs).rglob("*.distcp"))
+    content = file.read_bytes()
+    file.write_bytes(content[:10])
+    with pytest.raises(CheckpointError, match=r"distcp is truncated: decoder\.layers\.0\..*should end at byte"):
+        read(tmp_path)
+    file.unlink()
+    with pytest.raises(CheckpointNotFoundError, match=r"distcp does not exist, and decoder\.layers\.0\..* is in it"):
+        read(tmp_path)
+
+
+def test_settings_without_a_value_have_their_default(tmp_path):
+    unset = dict.fromkeys(("layernorm_epsilon", "vortex_style_fp8", "hyena_filter_order", "normalization"))
+    assert read(write(tmp_path, mbridge(random_layers()), **unset))[0].norm_eps == 1e-6
+
+
 def test_a_folder_must_be_clear(tmp_path):
     for missing in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(CheckpointNotFoundError, match=str(missing)):

@@ -207,7 +207,7 @@ def test_the_shares_of_all_ranks_are_joined(count, tmp_path):
     assert_same(tensors, native(layers))
 
 
-def test_a_missing_rank_is_named(tmp_path):
+def test_a_missing_rank_is_named(tmp_path, caplog):
     write_ranks(tmp_path, savanna(random_layers()), 4, mp_world_size=4)
     (tmp_path / "mp_rank_03_model_states.pt").unlink()
     with pytest.raises(CheckpointNotFoundError, match=r"mp_rank_03_model_states\.pt does not exist.*had 4 ranks"):
@@ -220,8 +220,12 @@ def test_a_missing_rank_is_named(tmp_path):
     # Nothing says how many there were: the shapes do.
     write_ranks(tmp_path, savanna(random_layers()), 4)
     (tmp_path / "mp_rank_03_model_states.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"has shape \[\d+, 32\], the configuration says"):
+    with (
+        caplog.at_level(logging.INFO, logger="cistron"),
+        pytest.raises(CheckpointError, match=r"has shape \[\d+, 32\], the configuration says"),
+    ):
         read(tmp_path, {**NATIVE})
+    assert "taking its 3 ranks for all that there were" in caplog.text
 
 
 def test_ranks_that_do_not_fit_are_named(tmp_path):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from cistron.models.layers import onednn
 from cistron.models.layers.linear import GeluLinear, Linear
 
 SHAPES = [(1, 8), (5, 3, 8), (700, 8), (0, 8)]
@@ -23,7 +24,8 @@ def plain(layer, x):
 
 @pytest.fixture
 def onednn_calls(monkeypatch):
-    """Count calls of the operator that only inference on CPUs takes."""
+    """Count calls of the operator that only inference on CPUs takes, small products included."""
+    monkeypatch.setattr(onednn, "_LEAST", 0)
     calls = []
     operator = torch.ops.mkldnn._linear_pointwise
 
@@ -45,6 +47,16 @@ def test_inference_equals_the_definition(kind, shape, onednn_calls):
         strided = torch.randn(8, 6, generator=torch.Generator().manual_seed(2)).T[::2]
         torch.testing.assert_close(layer(strided), plain(layer, strided), atol=3e-6, rtol=1e-5)
     assert len(onednn_calls) == 2
+
+
+def test_products_too_small_to_gain_take_the_plain_way(onednn_calls, monkeypatch):
+    monkeypatch.setattr(onednn, "_LEAST", 1000)
+    layer = layer_of(Linear)
+    with torch.inference_mode():
+        layer(torch.zeros(10, 8))
+        assert len(onednn_calls) == 0
+        layer(torch.zeros(11, 8))
+    assert len(onednn_calls) == 1
 
 
 @pytest.mark.parametrize("kind", [Linear, GeluLinear])

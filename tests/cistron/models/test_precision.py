@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ from cistron.models import precision
 from cistron.models.checkpoint import save_checkpoint
 from cistron.models.layers.fp8 import Fp8Projection
 from cistron.models.layers.fp8_hardware import Hardware
+from cistron.models.layers.int8 import Int8Linear
 from cistron.models.precision import EVIDENCE, Plan, Precision, plan_precision
 from cistron.models.registry import config_from, get_spec, list_models, load_model
 from cistron_jobs.model_config import ModelJobConfig
@@ -163,3 +165,32 @@ def test_models_built_or_of_another_family(tmp_path: Path):
 def test_jobs_and_serving_take_every_path(path: Precision):
     assert ModelJobConfig(model="x", precision=path).precision == path
     assert ModelSettings(source="x", precision=path).precision == path
+
+
+def test_int8_is_asked_for_and_tells_its_error(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    save_checkpoint(tiny_esm2(hidden_size=64), tmp_path / "esm2")
+    assert load_model(tmp_path / "esm2").precision_path == "fp32"
+    with caplog.at_level(logging.INFO):
+        model = load_model(tmp_path / "esm2", device="cpu", precision="int8")
+    assert sum(isinstance(module, Int8Linear) for module in model.modules()) == 3 * 6 + 1
+    assert model.precision_path == "int8"
+    assert "precision path int8" in caplog.text
+    assert re.search(r"19 linear layers in int8: logits differ by [0-9.]+% of their spread", caplog.text)
+    assert model.precision_reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        ("evo2_tiny", {}, ConfigError, "precision=int8 is for the linear layers of ESM-2, and evo2_tiny has none"),
+        ("esm2_8m", {"device": torch.device("cuda:1")}, CapabilityError, "is to run on cuda:1: use bf16 there"),
+    ],
+)
+def test_int8_is_for_esm2_on_a_cpu(on: Any, model: str, options: dict[str, Any], error: type, message: str):
+    with pytest.raises(error, match=message):
+        on("cpu", model, "int8", **options)
+
+
+def test_int8_contradicts_other_weights(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"precision=int8 and dtype=.* contradict each other"):
+        load_model(tmp_path, dtype=torch.bfloat16, precision="int8")

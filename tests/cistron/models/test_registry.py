@@ -23,7 +23,7 @@ PUBLISHED = [name for name in list_models() if get_spec(name).published_paramete
 
 def test_every_published_model_is_listed():
     names = list_models()
-    assert len(set(names)) == len(names) == 8 + 6 + 2 + 6 + 2
+    assert len(set(names)) == len(names) == 8 + 6 + 2 + 7 + 2
     assert {"evo2_7b", "evo2_40b_base", "striped_hyena_7b_nv", "esm2_t33_650M_UR50D", "evo2_tiny"} <= set(names)
     assert len(PUBLISHED) == 14
 
@@ -144,6 +144,22 @@ def test_short_names_of_esm2():
     assert get_spec("esm2_650m") is get_spec("esm2_t33_650M_UR50D")
 
 
+def test_the_shape_that_nobody_published(monkeypatch: pytest.MonkeyPatch):
+    """Its parameters, by hand: per layer 12 H^2 + 13 H, then embedding, final norm and head."""
+    spec = get_spec("esm2_20b_unpublished")
+    width = 5120
+    assert (spec.published_parameters, spec.sources) == (None, ())
+    expected = 64 * (12 * width**2 + 13 * width) + 33 * width + 2 * width + width**2 + 3 * width + 33
+    assert build_model(spec.name, device="meta").num_parameters() == expected == 20_163_328_033
+    monkeypatch.delenv("CISTRON_MODELS", raising=False)
+    with pytest.raises(CheckpointNotFoundError, match="nobody is known to publish any"):
+        load_model(spec.name)
+    for name in ("esm2_20b", "esm2_t64_20B_UR50D"):
+        for call in (get_spec, config_from, build_model, load_model):
+            with pytest.raises(UnknownNameError, match=r"was ever published.*esm2_20b_unpublished is a shape"):
+                call(name)
+
+
 def test_an_unknown_name_suggests_the_nearest():
     for call in (get_spec, config_from, build_model, load_model):
         with pytest.raises(UnknownNameError, match=r"evo2_7B.*did you mean 'evo2_7b'"):
@@ -213,5 +229,5 @@ def test_contradicting_precisions(tmp_path: Path):
     directory = save_checkpoint(tiny_esm2(), tmp_path / "model")
     with pytest.raises(ConfigError, match="contradict each other"):
         load_model(directory, dtype=torch.float32, precision="bf16")
-    with pytest.raises(ConfigError, match=r"precision must be one of auto, .*bf16, fp32, got 'int3'"):
+    with pytest.raises(ConfigError, match=r"precision must be one of auto, .*bf16, fp32, int8, got 'int3'"):
         load_model(directory, precision="int3")  # type: ignore[arg-type]

@@ -1,58 +1,57 @@
-"""ESM-2 checkpoints of fair-esm and Hugging Face, read into and written from native tensors.
+"""ESM-2 checkpoints of other software, read into and written from native tensors.
 
-Reading is strict before anything is loaded: names and shapes must be those that the configuration asks for. Values are
-passed on as stored, the rotary frequencies included, which published files hold rounded. Two parts may be absent: the
-contact head becomes zeros, which :meth:`Esm2.predict_contacts` refuses by name, and in Hugging Face's files the
-rotary frequencies are then computed.
+Everything streams: no function here holds more than a few tensors. Names and shapes are checked before the first tensor
+is read, against the configuration. Contact heads and rotary frequencies are kept in every direction.
+
+==========  ====================================================================================  ====================
+format      what it is                                                                            written as
+==========  ====================================================================================  ====================
+fair-esm    Meta's package: ``.pt`` with the contact regression in a ``.pt`` beside it, or         by the name's ending
+            safetensors with the metadata key ``config``
+hf          Hugging Face: a folder of ``EsmForMaskedLM``, safetensors or pickled, whole or        folder, safetensors
+            sharded, of any version of transformers
+bionemo-te  BioNeMo's recipes: a folder of ``NVEsmForMaskedLM``, of Transformer Engine's fused    folder, safetensors
+            layers, with any padding of the vocabulary
+==========  ====================================================================================  ====================
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 
-from cistron.errors import CheckpointError, CheckpointNotFoundError, ConfigError, InputError
+from cistron.errors import CheckpointNotFoundError, InputError
+from cistron.models.esm2 import bionemo_te, fair_esm, hugging_face
 from cistron.models.esm2.config import Esm2Config
-from cistron.models.esm2.matching import native_tensors, renamed
-from cistron.models.esm2.model import Esm2
-from cistron.models.esm2.names import (
+from cistron.models.esm2.spelling import (
     CONTACT_HEAD,
-    EMBEDDING,
-    FAIR_ESM_PREFIXES,
-    FAIR_ESM_TIED,
     INV_FREQ,
-    fair_esm_inv_freq,
-    fair_esm_name,
-    fair_esm_names,
-    hugging_face_names,
-    modern_hugging_face_name,
+    NamedTensors,
+    Spelling,
+    TensorStream,
+    joined,
+    read_native,
+    renamed,
+    write_foreign,
 )
-from cistron.models.manifest import is_plain_name, read_json
-from cistron.models.shards import MAX_SHARD_BYTES, is_safetensors, locate_tensors, save_safetensors, write_shards
-from cistron.models.sources import TensorSource, from_safetensors, from_tensors, json_metadata, unpickle
-from cistron.tokenizers import ESM2_TOKENS
+from cistron.models.manifest import read_json
+from cistron.models.shards import MAX_SHARD_BYTES, save_safetensors, write_shards
+from cistron.models.sources import from_safetensors, json_metadata
+from cistron.models.streaming import mapped_tensors, write_safetensors
 
-_PICKLED: Final = "pytorch_model.bin"
-_PICKLED_INDEX: Final = "pytorch_model.bin.index.json"
-_FAIR_ESM_FIELDS: Final = {
-    "encoder_layers": "num_hidden_layers",
-    "encoder_embed_dim": "hidden_size",
-    "encoder_attention_heads": "num_attention_heads",
-    "token_dropout": "token_dropout",
-}
-"""The settings of fair-esm that vary between its ESM-2 files, and ours."""
-_REGRESSION_SUFFIX: Final = "-contact-regression"
-_TOKENIZER_CONFIG: Final = {"model_max_length": 10**30, "tokenizer_class": "EsmTokenizer"}
+logger = logging.getLogger(__name__)
+
+Settings: TypeAlias = Mapping[str, Any]
+
+_KNOWN_STEM: Final = "esm2"
 
 
-def read_fair_esm(
-    source: Path, *, config: Mapping[str, Any] | None, trust_pickle: bool
-) -> tuple[Esm2Config, Iterator[tuple[str, torch.Tensor]]]:
+def read_fair_esm(source: Path, *, config: Settings | None, trust_pickle: bool) -> tuple[Esm2Config, TensorStream]:
     """Read a fair-esm model: the published ``.pt``, or safetensors with the metadata key ``config``.
 
     A contact regression beside it (``<stem>-contact-regression.pt`` or ``.safetensors``) is read along.
@@ -71,15 +70,41 @@ def read_fair_esm(
         CheckpointError: a tensor is missing, unexpected or of another shape than the configuration says.
         ConfigError: the configuration is not ESM-2's.
     """
-    tensors = renamed(_open_fair_esm(source, trust_pickle=trust_pickle), _strip_prefix, path=source)
+    tensors = renamed(fair_esm.open_fair_esm(source, trust_pickle=trust_pickle), fair_esm.without_prefix, path=source)
     settings = {**json_metadata(tensors, "config", path=source), **(config or {})}
-    parsed = _fair_esm_config(settings, tensors.shapes, path=source)
-    return parsed, native_tensors(tensors, fair_esm_names(parsed), parsed, path=source)
+    parsed = fair_esm.config_from_fair_esm(settings, tensors.shapes, path=source)
+    return parsed, read_native(tensors, fair_esm.fair_esm_spelling(parsed), parsed, path=source)
 
 
-def read_hf(
-    source: Path, *, config: Mapping[str, Any] | None, trust_pickle: bool
-) -> tuple[Esm2Config, Iterator[tuple[str, torch.Tensor]]]:
+def write_fair_esm(config: Esm2Config, tensors: NamedTensors, destination: Path) -> None:
+    """Write a model in fair-esm's names: as its own loader reads it if the name ends in ``.pt``, or as safetensors.
+
+    The contact head goes into a ``.pt`` of its own beside the first, or into the safetensors; not if it is all zeros.
+
+    Raises:
+        CheckpointError: fair-esm has no place for a feature of `config`.
+    """
+    settings = fair_esm.config_to_fair_esm(config)
+    spelling = fair_esm.fair_esm_spelling(config)
+    if destination.suffix == ".pt":
+        _write_pickles(settings, spelling, tensors, destination)
+        return
+    stream = write_foreign(spelling, _without_empty_head(tensors))
+    write_safetensors(destination, stream, names=spelling.entries, metadata={"config": json.dumps(settings)})
+
+
+def check_beside(destination: Path) -> None:
+    """Refuse a destination of :func:`write_fair_esm` beside which another model's contact regression stands.
+
+    Raises:
+        InputError: it exists.
+    """
+    beside = fair_esm.regression_file(destination)
+    if destination.suffix == ".pt" and beside.exists():
+        raise InputError(f"destination {beside}, the contact regression, already exists; remove it or choose another")
+
+
+def read_hf(source: Path, *, config: Settings | None, trust_pickle: bool) -> tuple[Esm2Config, TensorStream]:
     """Read a Hugging Face ``EsmForMaskedLM`` folder, safetensors or pickled, whole or sharded, of any version.
 
     Args:
@@ -95,136 +120,100 @@ def read_hf(
         CheckpointError: a tensor is missing, unexpected or of another shape than the configuration says.
         ConfigError: the configuration is not ESM-2's.
     """
-    if not source.is_dir():
-        raise CheckpointNotFoundError(f"{source} is not a folder with config.json and weights")
-    parsed = Esm2Config.from_hugging_face({**read_json(source / "config.json"), **(config or {})})
-    tensors = renamed(_open_hf(source, trust_pickle=trust_pickle), modern_hugging_face_name, path=source)
-    return parsed, native_tensors(tensors, hugging_face_names(parsed), parsed, path=source)
+    settings = _folder_settings(source, config)
+    parsed = Esm2Config.from_hugging_face(settings)
+    opened = hugging_face.open_folder(source, trust_pickle=trust_pickle)
+    tensors = renamed(opened, hugging_face.modern_name, path=source)
+    hugging_face.check_rotary(settings, tensors.shapes, path=source)
+    return parsed, read_native(tensors, hugging_face.hugging_face_spelling(parsed), parsed, path=source)
 
 
-def write_fair_esm(config: Esm2Config, tensors: Iterable[tuple[str, torch.Tensor]], destination: Path) -> None:
-    """Write a safetensors file in fair-esm's names, the contact head included unless it is all zeros.
+def write_hf(config: Esm2Config, tensors: NamedTensors, destination: Path) -> None:
+    """Write a folder that ``EsmForMaskedLM`` and ``AutoTokenizer`` load: weights, configuration, vocabulary."""
+    spelling = hugging_face.hugging_face_spelling(config)
+    stream = write_foreign(spelling, tensors)
+    write_shards(destination, stream, names=spelling.entries, max_shard_bytes=MAX_SHARD_BYTES)
+    hugging_face.write_description(destination, config.to_json())
 
-    The tensors are held in memory together: the format has one header for all.
+
+def read_bionemo_te(source: Path, *, config: Settings | None, trust_pickle: bool) -> tuple[Esm2Config, TensorStream]:
+    """Read a folder of BioNeMo's ``NVEsmForMaskedLM``, with or without fused projections and padded vocabulary.
+
+    What the format has no place for is read from the file in which :func:`write_bionemo_te` keeps it. Elsewhere the
+    contact head is lost, and the rotary frequencies are those that the software computes.
+
+    Args:
+        source: the folder.
+        config: settings in ``NVEsmConfig``'s field names, which take precedence over ``config.json``.
+        trust_pickle: allow a ``pytorch_model.bin`` to run code.
+
+    Returns:
+        The configuration, and the native tensors, each loaded when it is asked for.
 
     Raises:
-        InputError: the destination's name promises a pickle.
-        CheckpointError: fair-esm has no field for a setting of `config`.
+        CheckpointNotFoundError: the folder or one of its files does not exist.
+        CheckpointError: a tensor is missing, unexpected or of another shape than the configuration says.
+        ConfigError: the configuration is not ESM-2's.
     """
-    if destination.suffix == ".pt":
-        raise InputError("destination: fair-esm files are written as safetensors; end the name in .safetensors")
-    if (config.intermediate_size, config.layer_norm_eps) != (4 * config.hidden_size, 1e-5):
-        raise CheckpointError(
-            f"{destination}: fair-esm fixes the MLP's width at 4 x hidden_size and layer_norm_eps at 1e-5; "
-            f"got {config.intermediate_size} for {config.hidden_size}, and {config.layer_norm_eps}"
+    settings = _folder_settings(source, config)
+    parsed = bionemo_te.config_from_bionemo_te(settings, path=source)
+    opened = hugging_face.open_folder(source, trust_pickle=trust_pickle)
+    tensors = renamed(opened, bionemo_te.modern_name, path=source)
+    if (source / bionemo_te.EXTRAS).is_file():
+        tensors = joined(tensors, from_safetensors([source / bionemo_te.EXTRAS]))
+    return parsed, read_native(tensors, bionemo_te.bionemo_te_spelling(parsed, settings), parsed, path=source)
+
+
+def write_bionemo_te(config: Esm2Config, tensors: NamedTensors, destination: Path) -> None:
+    """Write a folder that ``NVEsmForMaskedLM`` loads, and a file of what it has no place for."""
+    spelling = bionemo_te.bionemo_te_spelling(config)
+    extras: dict[str, torch.Tensor] = {}
+    stream = write_foreign(spelling, _set_aside(tensors, extras, (INV_FREQ, *CONTACT_HEAD)))
+    write_shards(destination, stream, names=spelling.entries, max_shard_bytes=MAX_SHARD_BYTES)
+    save_safetensors(extras, destination / bionemo_te.EXTRAS, metadata={})
+    hugging_face.write_description(destination, bionemo_te.config_to_bionemo_te(config))
+
+
+def _write_pickles(settings: Settings, spelling: Spelling, tensors: NamedTensors, destination: Path) -> None:
+    """Write the two files of a published model; tensors with several names are in the first one once."""
+    head: dict[str, torch.Tensor] = {}
+    kept = _set_aside(_without_empty_head(tensors), head, CONTACT_HEAD)
+    stream = write_foreign(spelling, kept, copies=False)
+    with mapped_tensors(stream, names=spelling.entries, folder=destination.parent) as stored:
+        state: dict[str, torch.Tensor] = {}
+        for first, *copies in spelling.written_groups().values():
+            if first in stored:
+                state |= dict.fromkeys((first, *copies), stored[first])
+        torch.save({"cfg": fair_esm.pickled_settings(settings), "model": state}, destination)
+    if not head:
+        logger.warning(
+            "%s: fair-esm's loader wants a contact regression beside it, and there is none", destination.name
         )
-    native = dict(tensors)
-    inv_freq = native.pop(INV_FREQ)
-    if not native[CONTACT_HEAD[0]].any():
-        native = {name: tensor for name, tensor in native.items() if name not in CONTACT_HEAD}
-    theirs = {fair_esm_name(name): tensor.contiguous() for name, tensor in native.items()}
-    # Safetensors refuses names that share memory, so every copy owns its own.
-    theirs[FAIR_ESM_TIED] = native[EMBEDDING].clone().contiguous()
-    theirs |= {name: inv_freq.clone().contiguous() for name in fair_esm_inv_freq(config)}
-    fields = {name: getattr(config, ours) for name, ours in _FAIR_ESM_FIELDS.items()}
-    save_safetensors(theirs, destination, metadata={"config": json.dumps(fields)})
+        return
+    regression = {fair_esm.fair_esm_name(name): tensor for name, tensor in head.items()}
+    torch.save({"model": regression}, fair_esm.regression_file(destination))
+    if not destination.name.startswith(_KNOWN_STEM):
+        logger.warning("%s: fair-esm's loader knows an ESM-2 by a name that begins with esm2", destination.name)
 
 
-def write_hf(config: Esm2Config, tensors: Iterable[tuple[str, torch.Tensor]], destination: Path) -> None:
-    """Write a folder that ``EsmForMaskedLM`` and ``AutoTokenizer`` load: weights, configuration, vocabulary."""
-    names = Esm2(config, device="meta").state_dict()
-    write_shards(destination, tensors, names=names, max_shard_bytes=MAX_SHARD_BYTES)
-    (destination / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
-    (destination / "vocab.txt").write_text("\n".join(ESM2_TOKENS))
-    (destination / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n")
+def _folder_settings(source: Path, config: Settings | None) -> dict[str, Any]:
+    if not source.is_dir():
+        raise CheckpointNotFoundError(f"{source} is not a folder with config.json and weights")
+    return {**read_json(source / "config.json"), **(config or {})}
 
 
-def _open_fair_esm(path: Path, *, trust_pickle: bool) -> TensorSource:
-    """Open a fair-esm file, with the contact regression that stands beside it."""
-    if not path.is_file():
-        raise CheckpointNotFoundError(f"{path} does not exist; a fair-esm model is one .pt or .safetensors file")
-    main = _open_file(path, trust_pickle=trust_pickle)
-    if any("contact_head" in name for name in main.shapes):
-        return main
-    for suffix in dict.fromkeys([path.suffix, ".pt", ".safetensors"]):
-        beside = path.with_name(f"{path.stem}{_REGRESSION_SUFFIX}{suffix}")
-        if beside.is_file():
-            return _joined(main, _open_file(beside, trust_pickle=trust_pickle))
-    return main
+def _set_aside(tensors: NamedTensors, aside: dict[str, torch.Tensor], names: tuple[str, ...]) -> TensorStream:
+    """Pass `tensors` on, except for copies of those with `names`, which go to `aside`."""
+    for name, tensor in tensors:
+        if name in names:
+            aside[name] = tensor.detach().clone().contiguous()
+        else:
+            yield name, tensor
 
 
-def _open_file(path: Path, *, trust_pickle: bool) -> TensorSource:
-    """Open one file of fair-esm; a pickle's settings become metadata, as safetensors have it."""
-    if is_safetensors(path):
-        return from_safetensors([path])
-    content = unpickle(path, trust_pickle=trust_pickle, allowed=[argparse.Namespace])
-    state = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{path} is not a fair-esm file: it must be a mapping with the tensors under 'model'")
-    return from_tensors(state, {"config": json.dumps(_pickled_settings(content))})
-
-
-def _pickled_settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of an unpickled fair-esm file, which keeps them in a namespace among hundreds of others."""
-    section = content.get("cfg")
-    model = section.get("model") if isinstance(section, Mapping) else None
-    settings = vars(model) if isinstance(model, argparse.Namespace) else model
-    settings = settings if isinstance(settings, Mapping) else {}
-    return {name: settings[name] for name in _FAIR_ESM_FIELDS if name in settings}
-
-
-def _joined(first: TensorSource, second: TensorSource) -> TensorSource:
-    return TensorSource(
-        shapes={**first.shapes, **second.shapes},
-        load=lambda name: (first if name in first.shapes else second).load(name),
-        metadata=first.metadata,
-    )
-
-
-def _strip_prefix(name: str) -> str:
-    for prefix in FAIR_ESM_PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
-
-
-def _fair_esm_config(given: Mapping[str, Any], shapes: Mapping[str, torch.Size], *, path: Path) -> Esm2Config:
-    """Return the configuration that fair-esm's settings, and the shapes where those are silent, describe."""
-    settings = {"token_dropout": True, **_shown_by_shapes(shapes), **given}
-    if unknown := sorted(settings.keys() - _FAIR_ESM_FIELDS):
-        raise ConfigError(f"{path}: unknown fair-esm setting {unknown[0]!r} (allowed: {', '.join(_FAIR_ESM_FIELDS)})")
-    if absent := sorted(_FAIR_ESM_FIELDS.keys() - settings):
-        raise CheckpointError(f"{path}: no tensor shows {absent[0]}, and no setting gives it; is this an ESM-2?")
-    return Esm2Config.from_json({ours: settings[theirs] for theirs, ours in _FAIR_ESM_FIELDS.items()})
-
-
-def _shown_by_shapes(shapes: Mapping[str, torch.Size]) -> dict[str, int]:
-    """Read layers, width and heads off the tensors."""
-    shown = {"encoder_layers": sum(name.endswith(".fc1.bias") for name in shapes)}
-    embedding, inv_freq = shapes.get("embed_tokens.weight"), shapes.get("layers.0.self_attn.rot_emb.inv_freq")
-    if embedding is not None and len(embedding) == 2:
-        shown["encoder_embed_dim"] = embedding[1]
-        if inv_freq is not None and inv_freq.numel():
-            shown["encoder_attention_heads"] = embedding[1] // (2 * inv_freq.numel())
-    return shown
-
-
-def _open_hf(folder: Path, *, trust_pickle: bool) -> TensorSource:
-    """Open the weights of a Hugging Face folder; safetensors are preferred to pickles."""
-    if not any(folder.glob("pytorch_model*.bin")) or any(folder.glob("model*.safetensors")):
-        return from_safetensors([folder / file for file in locate_tensors(folder)])
-    tensors: dict[str, torch.Tensor] = {}
-    for path in _pickled_files(folder):
-        state = unpickle(path, trust_pickle=trust_pickle)
-        if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-            raise CheckpointError(f"{path} must hold a mapping of tensors")
-        tensors |= state
-    return from_tensors(tensors)
-
-
-def _pickled_files(folder: Path) -> list[Path]:
-    if not (folder / _PICKLED_INDEX).exists():
-        return [folder / _PICKLED]
-    weight_map = read_json(folder / _PICKLED_INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(is_plain_name(file) for file in weight_map.values()):
-        raise CheckpointError(f"{folder / _PICKLED_INDEX}: 'weight_map' must map tensor names to files of this folder")
-    return [folder / file for file in sorted(set(weight_map.values()))]
+def _without_empty_head(tensors: NamedTensors) -> TensorStream:
+    """Leave the contact head out if there is none, which all-zero weights mean; it comes last otherwise."""
+    head: dict[str, torch.Tensor] = {}
+    yield from _set_aside(tensors, head, CONTACT_HEAD)
+    if head[CONTACT_HEAD[0]].any():
+        yield from head.items()

@@ -26,6 +26,7 @@ from cistron.errors import CapabilityError
 from cistron.models.layers.buffers import Fp32Buffers
 from cistron.models.layers.e4m3 import product_as_hopper, product_in_fp32, round_to_e4m3
 from cistron.models.layers.fp8_hardware import ALIGNMENT, HardwarePath, TransformerEngine, aligned, scaled_mm
+from cistron.models.layers.linear import Linear
 
 Fp8Path: TypeAlias = HardwarePath | Literal["emulated", "hopper_emulated"]
 
@@ -47,7 +48,7 @@ class StaticScales(Fp32Buffers):
         self.register_buffer("weight_scale", torch.ones(()))
 
 
-class Fp8Projection(nn.Linear):
+class Fp8Projection(Linear):
     """A linear map without bias that multiplies in the weights' dtype until :func:`set_fp8_path` says otherwise.
 
     Args:
@@ -70,6 +71,11 @@ class Fp8Projection(nn.Linear):
         rows = x.reshape(-1, self.in_features)
         product: torch.Tensor = _InferenceOnly.apply(rows, self.weight, self._multiply)  # type: ignore[no-untyped-call]
         return product.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def multiplies_by_weight(self) -> bool:
+        """Whether the product is that of the weight itself, and not of its FP8 form."""
+        return self.path is None
 
     def scales(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the scales of input and weight, [] fp32 each."""

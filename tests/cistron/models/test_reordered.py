@@ -5,9 +5,9 @@ import torch
 from tests.tiny_models import tiny_evo2
 from torch import nn
 
-from cistron.models.layers import packed
+from cistron.models.layers import linear, onednn
 from cistron.models.layers.fp8 import set_fp8_path
-from cistron.models.layers.packed import packed_weights
+from cistron.models.layers.linear import GeluLinear, Linear, reordered_weights
 from cistron.testing import assert_close
 
 
@@ -16,46 +16,51 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def replaced(model: nn.Module) -> int:
-    return sum("forward" in module.__dict__ for module in model.modules())
+@pytest.fixture(autouse=True)
+def small_products_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(onednn, "_LEAST_REORDERED", 0)
+
+
+def reordered(model: nn.Module) -> int:
+    return sum(isinstance(module, Linear) and module.reordered is not None for module in model.modules())
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 100])
 @torch.inference_mode()
 def test_results_are_those_of_the_plain_layers(rows: int):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(48, 70), Doubled(70, 33, bias=False), nn.Linear(33, 5, bias=False)).eval()
+    model = nn.Sequential(Linear(48, 70), Doubled(70, 33, bias=False), GeluLinear(33, 5)).eval()
     x = torch.randn(rows, 1, 48)
     expected = model.double()(x.double()).float()
     model.float()
-    with packed_weights(model):
-        assert replaced(model) == 2, "a layer with a forward pass of its own keeps it"
+    with reordered_weights(model):
+        assert reordered(model) == 2, "a layer with a forward pass of its own keeps it"
         assert_close(model(x), expected, relative=1e-6)
-    assert replaced(model) == 0
+    assert reordered(model) == 0
 
 
 @torch.inference_mode()
 def test_a_model_is_as_before_afterwards_whatever_happened():
     model, ids = tiny_evo2(), torch.tensor([list(b"ACGTTGCA")])
     before, keys = model(ids).logits, list(model.state_dict())
-    with packed_weights(model):
+    with reordered_weights(model):
         assert_close(model(ids).logits, before, relative=1e-5)
         assert list(model.state_dict()) == keys
-        with packed_weights(model):
+        with reordered_weights(model):
             pass
-        assert replaced(model), "an inner block leaves the outer one's layers alone"
-    with pytest.raises(KeyError), packed_weights(model):
+        assert reordered(model), "an inner block leaves the outer one's layers alone"
+    with pytest.raises(KeyError), reordered_weights(model):
         raise KeyError
-    assert replaced(model) == 0
+    assert reordered(model) == 0
     assert torch.equal(model(ids).logits, before)
 
 
 def test_other_precisions_and_large_models_keep_their_layers(monkeypatch: pytest.MonkeyPatch):
     half, emulated, large = tiny_evo2().bfloat16(), tiny_evo2(layer_pattern="S"), tiny_evo2()
     set_fp8_path(emulated, "emulated")
-    with packed_weights(half), packed_weights(emulated):
-        assert replaced(half) == 0
-        assert "forward" not in emulated.blocks[0].mixer.projection.__dict__
-    monkeypatch.setattr(packed, "MOST_BYTES", 1000)
-    with packed_weights(large):
-        assert replaced(large) == 0
+    with reordered_weights(half), reordered_weights(emulated):
+        assert reordered(half) == 0
+        assert reordered(emulated) == 4, "the FP8 projection multiplies by another form of its weight"
+    monkeypatch.setattr(linear, "MOST_BYTES", 1000)
+    with reordered_weights(large):
+        assert reordered(large) == 0
