@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
-import transformers
 
+from cistron.models.esm2.blocks import Block
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.model import Esm2
 
@@ -85,14 +85,21 @@ def _protein(tokens: int) -> torch.Tensor:
 
 
 def _difference(model: Esm2, ids: torch.Tensor) -> float:
-    """Compare with Hugging Face's model, which keeps all maps; it is given the same weights, not a copy."""
-    config = transformers.EsmConfig.from_dict(SHAPE.to_json())
-    config._attn_implementation = "eager"
-    with torch.device("meta"):
-        twin = transformers.EsmForMaskedLM(config).eval()
-    decoder = model.esm.embeddings.word_embeddings.weight
-    twin.load_state_dict({**model.state_dict(), "lm_head.decoder.weight": decoder}, assign=True)
-    want = twin.predict_contacts(ids, torch.ones_like(ids))
+    """Compare with the plain computation, which keeps all maps; their weights and representations are the same."""
+    layout = model._layout(ids, None, None)
+    x = model.esm.embeddings(ids, layout)
+    maps = []
+    for layer in model.blocks:
+        block = cast("Block", layer)
+        q, k = (part.transpose(1, 2) for part in block.query_key(x, layout))
+        maps.append((q @ k.mT * block.attention.self.scale).softmax(dim=-1)[..., 1:-1, 1:-1])
+        x = block(x, layout)
+    pairs = torch.cat(maps, dim=1)
+    pairs = pairs + pairs.mT
+    rows, columns = pairs.sum(dim=-1, keepdim=True), pairs.sum(dim=-2, keepdim=True)
+    corrected = pairs - rows * columns / rows.sum(dim=-2, keepdim=True)
+    head = model.esm.contact_head.regression
+    want = torch.sigmoid(torch.einsum("a,baij->bij", head.weight[0], corrected) + head.bias)
     if want.std() < MOST_ALIKE:
         raise AssertionError("the contacts are all alike: comparing them proves nothing")
     return float((model.predict_contacts(ids) - want).abs().max())

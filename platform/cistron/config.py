@@ -8,7 +8,8 @@ fault with its dotted path, what was got and what is allowed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -110,8 +111,13 @@ def listed(value: Any) -> Any:
 
 def _spelt(annotation: Any) -> str:
     """Return a type as the help shows it, choices included."""
-    if get_origin(annotation) is Literal:
-        return " | ".join(map(str, get_args(annotation)))
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin is Annotated:
+        return _spelt(arguments[0])
+    if origin in (Union, UnionType):
+        return " | ".join("None" if kind is NoneType else _spelt(kind) for kind in arguments)
     is_plain = isinstance(annotation, type) and not get_args(annotation)
     return annotation.__name__ if is_plain else str(annotation).replace("typing.", "")
 

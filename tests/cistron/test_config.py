@@ -4,7 +4,7 @@ import pickle
 from typing import Annotated, Literal
 
 import pytest
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from cistron.config import Config, help_text, merge, parse_overrides, parse_yaml, resolve, to_yaml
 from cistron.errors import ConfigError
@@ -106,7 +106,9 @@ def test_help_shows_the_choices_and_what_a_list_holds():
     class Choices(Config):
         reduction: Literal["mean", "sum"] = "mean"
         layers: tuple[int | str, ...] = (-1,)
+        actors: NonNegativeInt | None = None
 
     text = help_text(Choices)
+    assert "actors: int | None = None" in text
     assert "reduction: mean | sum = 'mean'" in text
     assert "layers: tuple[int | str, ...] = (-1,)" in text

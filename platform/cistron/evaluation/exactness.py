@@ -91,9 +91,13 @@ def _state_checks(model: Evo2, ids: torch.Tensor) -> Iterator[Check]:
         name = "step by step = whole" if chunk == 1 else f"chunks of {chunk} = whole"
         yield _check(model, name, _through_cache(model, ids, chunk), whole, STATE_LIMIT)
     short = ids[:, : max(_SHORT_PROMPTS) + _STEPS]
-    continued = torch.stack([_prompt_then_steps(model, short, prompt)[0] for prompt in _SHORT_PROMPTS])
+    prompts = [prompt for prompt in _SHORT_PROMPTS if prompt < short.shape[1]]
+    if not prompts:
+        return
+    continued = torch.stack([_prompt_then_steps(model, short, prompt)[0] for prompt in prompts])
     expected = whole[:, : short.shape[1]].expand_as(continued)
-    yield _check(model, "prompts of 1 to 8 tokens, then steps = whole", continued, expected, STATE_LIMIT)
+    name = f"prompts of 1 to {prompts[-1]} tokens, then steps = whole"
+    yield _check(model, name, continued, expected, STATE_LIMIT)
 
 
 def _batch_checks(model: Evo2, generator: torch.Generator) -> Iterator[Check]:
@@ -170,7 +174,7 @@ def _check(model: SequenceModel, name: str, actual: torch.Tensor, expected: torc
     actual, expected = actual.double(), expected.double()
     difference, largest = (actual - expected).abs().max().item(), expected.abs().max().item()
     weights = next(model.parameters()).dtype
-    exact = weights in (torch.float32, torch.float64) and not model.precision_path.startswith("fp8")
+    exact = weights in (torch.float32, torch.float64) and not model.precision_path.startswith(("fp8", "int8"))
     detail = f"{difference:.1e} of numbers up to {largest:.1f}"
     return Check(name, difference / max(1.0, largest), limit if exact else HALF_PRECISION_LIMIT, detail, difference)
 

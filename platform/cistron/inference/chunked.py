@@ -7,6 +7,7 @@ and values. The pieces' outputs together are those of the whole pass.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -26,6 +27,7 @@ def forward_chunks(
     chunk: int,
     hidden_states: Sequence[str | int] = (),
     cache: Cache | None = None,
+    with_logits: bool = True,
 ) -> Iterator[tuple[int, ModelOutput]]:
     """Run right-padded rows in pieces of at most `chunk` tokens; hold on to no output after the next is asked for.
 
@@ -39,6 +41,7 @@ def forward_chunks(
         chunk: most tokens of each row in one piece.
         hidden_states: names or indices of the representations to return.
         cache: continue its rows, and update it; without one, rows begin here.
+        with_logits: as in ``Evo2.forward``; ESM-2 always has them.
 
     Yields:
         Where the piece begins, and its output, [B, piece, ...]. Values at padding have no meaning.
@@ -54,9 +57,10 @@ def forward_chunks(
             raise InputError(f"{model.family} reads both sides of a token, so it cannot continue a cache")
         yield 0, model(ids, attention_mask=mask, hidden_states=hidden_states)
         return
+    run = partial(model, hidden_states=hidden_states, with_logits=with_logits)
     width = ids.shape[1]
     if cache is None and width <= chunk:
-        yield 0, model(ids, attention_mask=mask, hidden_states=hidden_states)
+        yield 0, run(ids, attention_mask=mask)
         return
     if cache is None:
         cache = model.new_cache(len(ids), reserve=width)
@@ -65,4 +69,4 @@ def forward_chunks(
         part = slice(start, start + chunk)
         # Without a mask the layers know that no row ends here, and take cheaper paths.
         piece_mask = mask[:, part] if min(part.stop, width) > shortest else None
-        yield start, model(ids[:, part], attention_mask=piece_mask, hidden_states=hidden_states, cache=cache)
+        yield start, run(ids[:, part], attention_mask=piece_mask, cache=cache)

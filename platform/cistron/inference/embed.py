@@ -32,6 +32,7 @@ from cistron.inference.batching import (
     padded,
 )
 from cistron.inference.chunked import forward_chunks
+from cistron.inference.finite import without_nan
 from cistron.inference.masked import with_ends
 from cistron.inference.pooling import Pool, Pooling, Row
 from cistron.inference.protein_windows import ProteinWindow, check_window, overlapping_windows, residues_per_window
@@ -80,6 +81,7 @@ def embed_sequences(
         InputError: the request is empty or an option does not apply.
         SequenceError: a sequence the model cannot read; names its index, the letter and its position.
         UnknownNameError: no such layer.
+        CapabilityError: the model returned NaN.
     """
     if pooling not in get_args(Pooling):
         raise InputError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
@@ -94,7 +96,7 @@ def embed_sequences(
     pools = [{name: Pool(pooling, length) for name in recorded} for length in lengths]
     for batch in length_sorted_batches([len(row.ids) for row in rows], token_budget=token_budget):
         _pool_batch(model, [rows[i] for i in batch], pools, chunk=token_budget)
-    results = [{name: pool.result() for name, pool in by_name.items()} for by_name in pools]
+    results = [{name: without_nan(pool.result()) for name, pool in by_name.items()} for by_name in pools]
     return [
         Embedding({layer: vectors[name] for layer, name in names.items()}, length)
         for vectors, length in zip(results, lengths, strict=True)

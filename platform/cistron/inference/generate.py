@@ -7,7 +7,6 @@ Long prompts enter in chunks, which bounds the memory of reading them.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,16 +14,15 @@ from typing import Final, Literal, TypeAlias
 
 import torch
 
-from cistron.errors import CapabilityError, InputError, SequenceError
+from cistron.errors import CapabilityError, InputError
 from cistron.inference.batching import checked_sequences
+from cistron.inference.generation_request import check_counts, check_room, parsed_stops
 from cistron.inference.prefill import Prompt, prefill
 from cistron.inference.sampling import Sampling, UniformStream, generators, letter_ids, sample
 from cistron.models.base import SequenceModel
 from cistron.models.evo2.model import Evo2
-from cistron.models.layers.packed import packed_weights
+from cistron.models.layers.linear import reordered_weights
 from cistron.tokenizers import ByteTokenizer
-
-logger = logging.getLogger(__name__)
 
 FinishReason: TypeAlias = Literal["length", "stop"]
 OnToken: TypeAlias = Callable[[int, int, float], None]
@@ -34,7 +32,7 @@ PREFILL_CHUNK: Final = 8192
 _MAX_ROWS: Final = 32
 """Prompts generated together; more wait, so that a long list does not need memory for all its states at once."""
 
-_WORTH_PACKING: Final = 16
+_WORTH_REORDERING: Final = 16
 """Steps that repay reordering the weights, which costs about three."""
 
 
@@ -95,20 +93,20 @@ def generate(
     Raises:
         InputError: the request is empty, the model does not generate, or a setting is out of range.
         SequenceError: a prompt the model cannot read, or that leaves no room for `num_tokens` unless `extend_context`.
-        CapabilityError: the model returned NaN.
+        CapabilityError: the model returned NaN or infinity.
     """
     if not isinstance(model, Evo2):
         raise InputError(f"{model.family} does not generate: it is trained to fill masks; use an Evo 2 model")
-    sampling = Sampling(temperature, top_k, top_p, letter_ids(allowed)).validated(vocab_size=model.tokenizer.vocab_size)
-    _check_counts(num_tokens, prefill_chunk)
-    checked = checked_sequences(model, prompts, what="prompt", limited=not extend_context)
-    _check_room(checked, num_tokens, model.config.max_length, extend_context=extend_context)
-    stops, stop_ids = _stops(stop, vocab_size=model.tokenizer.vocab_size)
+    sampling = Sampling(temperature, top_k, top_p, letter_ids(allowed)).validated(vocab_size=model.config.vocab_size)
+    check_counts(num_tokens, prefill_chunk)
+    checked = checked_sequences(model, prompts, what="prompt", limited=False)
+    check_room(checked, num_tokens, model.config.max_length, extend_context=extend_context)
+    stops, stop_ids = parsed_stops(stop, allowed=allowed, vocab_size=model.config.vocab_size)
     drafts = [
         _Draft(index, model.tokenizer.encode(prompt), UniformStream(generator), stops, stop_ids)
         for index, (prompt, generator) in enumerate(zip(checked, generators(checked, seed), strict=True))
     ]
-    with packed_weights(model) if num_tokens >= _WORTH_PACKING else nullcontext():
+    with reordered_weights(model) if num_tokens >= _WORTH_REORDERING else nullcontext():
         for batch in _batches(drafts):
             for draft in _decoded(model, batch, num_tokens, sampling, prefill_chunk):
                 if on_token is not None:
@@ -168,8 +166,10 @@ def _decoded(
 def _chosen(logits: torch.Tensor, drafts: Sequence[_Draft], sampling: Sampling) -> tuple[torch.Tensor, list[float]]:
     """Return each row's next token, int64 [B] on the CPU, and its log-probability among all tokens."""
     logits = logits.float().cpu()
-    if logits.isnan().any():
-        raise CapabilityError("the model returned NaN: this precision does not suit its weights; try precision=fp32")
+    if not logits.isfinite().all():
+        raise CapabilityError(
+            "the model returned NaN or infinity: this precision does not suit its weights; try precision=fp32"
+        )
     uniforms = torch.tensor([draft.stream.next() for draft in drafts], dtype=torch.float64)
     tokens = sample(logits, uniforms, sampling)
     return tokens, logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0].tolist()
@@ -180,37 +180,3 @@ def _batches(drafts: Sequence[_Draft]) -> Iterator[list[_Draft]]:
     order = sorted(drafts, key=lambda draft: len(draft.prompt))
     for start in range(0, len(order), _MAX_ROWS):
         yield order[start : start + _MAX_ROWS]
-
-
-def _check_counts(num_tokens: int, prefill_chunk: int) -> None:
-    if num_tokens < 0:
-        raise InputError(f"num_tokens must not be negative, got {num_tokens}")
-    if prefill_chunk < 1:
-        raise InputError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
-
-
-def _check_room(prompts: Sequence[str], num_tokens: int, max_length: int, *, extend_context: bool) -> None:
-    """Refuse, or with `extend_context` mention, prompts that leave no room for `num_tokens`."""
-    for index, prompt in enumerate(prompts):
-        if len(prompt) + num_tokens <= max_length:
-            continue
-        excess = (
-            f"prompt {index}: {len(prompt):,} nt and {num_tokens:,} new tokens exceed the model's limit of "
-            f"{max_length:,}"
-        )
-        if not extend_context:
-            raise SequenceError(f"{excess}; extend_context=True generates beyond it")
-        logger.warning("%s, as extend_context allows", excess)
-
-
-def _stops(stop: str | Iterable[str | int], *, vocab_size: int) -> tuple[tuple[str, ...], frozenset[int]]:
-    """Return the strings and the ids at which to stop."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    strings = tuple(item for item in stops if isinstance(item, str))
-    ids = frozenset(item for item in stops if isinstance(item, int))
-    for item in stops:
-        if item == "":
-            raise InputError("stop: an empty string would stop every continuation before it begins")
-        if not isinstance(item, str) and item not in range(vocab_size):
-            raise InputError(f"stop: {item!r} is neither a string nor a token id from 0 to {vocab_size - 1}")
-    return strings, ids

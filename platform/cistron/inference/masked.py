@@ -23,6 +23,7 @@ from cistron.inference.batching import (
     length_sorted_batches,
     packed,
 )
+from cistron.inference.finite import without_nan
 from cistron.inference.protein_windows import centred_start, residues_per_window
 from cistron.models.base import SequenceModel
 from cistron.tokenizers import ProteinTokenizer
@@ -111,7 +112,7 @@ def log_probs_at(
         at = (cu_seqlens[:-1] + torch.tensor(tokens)).to(ids.device)
         ids[at] = ProteinTokenizer.mask_id
         logits = model(ids, cu_seqlens=cu_seqlens).logits[at]
-        yield chosen, logits.float().log_softmax(dim=-1).cpu().numpy()
+        yield chosen, without_nan(logits.float().log_softmax(dim=-1).cpu().numpy())
 
 
 def residue_ids(model: SequenceModel, sequence: str) -> NDArray[np.int64]:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from cistron.inference.batching import TOKEN_BUDGET, length_sorted_batches, padded
 from cistron.inference.chunked import forward_chunks
+from cistron.inference.finite import without_nan
 from cistron.models.evo2.cache import Cache
 from cistron.models.evo2.model import Evo2
 
@@ -94,6 +95,9 @@ def shared_prefix_sums(
         sequences: distinct and validated.
         token_budget: most tokens of one forward pass, padding included.
         least_shared: shortest common beginning that is run apart.
+
+    Raises:
+        CapabilityError: the model returned NaN.
     """
     rows = [model.tokenizer.encode(sequence) for sequence in sequences]
     sums = np.zeros(len(rows))
@@ -102,8 +106,9 @@ def shared_prefix_sums(
     while waiting:
         batch = waiting.pop()
         state = _run(model, batch, rows, token_budget)
+        totals = without_nan(state.totals.numpy())
         children = []
-        for row, (segment, total) in enumerate(zip(batch.segments, state.totals.tolist(), strict=True)):
+        for row, (segment, total) in enumerate(zip(batch.segments, totals.tolist(), strict=True)):
             if not segment.children:
                 sums[segment.sequence] = total
             for child in segment.children:
@@ -123,7 +128,7 @@ class _State:
     Attributes:
         cache: the model's; None when no row goes on.
         logits: [B, V], the prediction of each row's next token; None before the first.
-        totals: [B] float64, log-likelihood of each row's tokens.
+        totals: [B] float64 on the CPU, because not every GPU has fp64; log-likelihood of each row's tokens.
     """
 
     cache: Cache | None
@@ -166,12 +171,13 @@ def _fork(model: Evo2, batch: _Batch) -> _State:
         reach = max(segment.reach for segment in batch.segments)
         is_inner = any(segment.children for segment in batch.segments)
         cache = model.new_cache(len(batch.segments), reserve=reach) if is_inner else None
-        return _State(cache, None, torch.zeros(len(batch.segments), dtype=torch.float64, device=model.device))
+        return _State(cache, None, torch.zeros(len(batch.segments), dtype=torch.float64))
     parent = batch.parent
     assert parent.cache is not None, "an inner segment keeps its state"
     assert parent.logits is not None, "an inner segment has read a token"
-    rows = torch.tensor(batch.rows, device=model.device)
-    return _State(parent.cache.select(rows), parent.logits[rows], parent.totals[rows])
+    rows = torch.tensor(batch.rows)
+    on_device = rows.to(model.device)
+    return _State(parent.cache.select(on_device), parent.logits[on_device], parent.totals[rows])
 
 
 def _advance(state: _State, logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> None:
@@ -186,9 +192,9 @@ def _advance(state: _State, logits: torch.Tensor, ids: torch.Tensor, mask: torch
 
 
 def _summed_log_probs(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the sums of log p(target) where `mask` is true, float64 [B]; log-probabilities are fp32."""
+    """Return the sums of log p(target) where `mask` is true, float64 [B] on the CPU; log-probabilities are fp32."""
     losses = functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return -losses.view(targets.shape).double().masked_fill(~mask, 0).sum(dim=1)
+    return -losses.view(targets.shape).masked_fill(~mask, 0).cpu().double().sum(dim=1)
 
 
 def _common_prefix(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> int:

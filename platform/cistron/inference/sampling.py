@@ -11,7 +11,9 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
+import numpy as np
 import torch
 
 from cistron.errors import InputError
@@ -38,12 +40,15 @@ class Sampling:
 
     def validated(self, *, vocab_size: int) -> Sampling:
         """Return this, or raise ``InputError`` that names the setting, what was got and what is allowed."""
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise InputError(f"temperature must be above 0, got {self.temperature}; greedy decoding is top_k=1")
-        if not 0 <= self.top_k <= vocab_size:
-            raise InputError(f"top_k must be from 0 (all) to the vocabulary's {vocab_size}, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1 (all), got {self.top_p}")
+        temperature, top_k, top_p, ids = self.temperature, self.top_k, self.top_p, self.allowed_ids or ()
+        if not (isinstance(temperature, Real) and temperature > 0 and math.isfinite(temperature)):
+            raise InputError(f"temperature must be above 0, got {temperature}; greedy decoding is top_k=1")
+        if not (isinstance(top_k, Integral) and 0 <= top_k <= vocab_size):
+            raise InputError(f"top_k must be from 0 (all) to the vocabulary's {vocab_size}, got {top_k}")
+        if not (isinstance(top_p, Real) and 0 < top_p <= 1):
+            raise InputError(f"top_p must be above 0 and at most 1 (all), got {top_p}")
+        if any(token >= vocab_size for token in ids):
+            raise InputError(f"allowed: {chr(max(ids))!r} is not among the model's {vocab_size} tokens")
         return self
 
 
@@ -58,7 +63,7 @@ def letter_ids(allowed: str | None) -> tuple[int, ...] | None:
     if not allowed:
         raise InputError("allowed must name at least one letter; None allows every token")
     for letter in allowed:
-        if ord(letter) > 255:
+        if len(letter) != 1 or ord(letter) > 255:
             raise InputError(f"allowed: {letter!r} is not a single byte, so the model has no token for it")
     return tuple(sorted({ord(letter) for letter in allowed}))
 
@@ -118,8 +123,8 @@ def generators(prompts: Sequence[str], seed: int | Sequence[int] | None) -> list
     Raises:
         InputError: a list of seeds of another length than the prompts, or a negative seed.
     """
-    if isinstance(seed, int):
-        seeds = list(prompt_seeds(prompts, seed))
+    if isinstance(seed, int | np.integer):
+        seeds = list(prompt_seeds(prompts, int(seed)))
     else:
         seeds = [secrets.randbits(_SEED_BITS) for _ in prompts] if seed is None else list(seed)
     if len(seeds) != len(prompts):

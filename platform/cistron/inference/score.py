@@ -3,10 +3,11 @@
 Evo 2 reads left to right, so a sequence's score is the log-likelihood of each nucleotide given those before it. ESM-2
 sees both sides, so the score is the pseudo-log-likelihood: each residue's log-probability with that residue masked, one
 forward pass per residue (:mod:`cistron.inference.masked`). Log-probabilities are natural, over the whole vocabulary,
-taken in fp32, summed in fp64.
+taken in fp32, summed in fp64. Evo 2's come from the representation before its head, so that logits are not rounded to
+the model's precision and never exist as a whole.
 
-A DNA sequence above the token budget enters the model in chunks of that size, so its logits never exist as a whole and
-memory grows only by the keys and values of attention layers.
+A DNA sequence above the token budget enters the model in chunks of that size, so memory grows only by the keys and
+values of attention layers.
 """
 
 from __future__ import annotations
@@ -30,16 +31,20 @@ from cistron.inference.batching import (
     padded,
 )
 from cistron.inference.chunked import forward_chunks
+from cistron.inference.finite import without_nan
 from cistron.inference.masked import masked_log_probs
 from cistron.inference.protein_windows import check_window
 from cistron.models.base import SequenceModel
+from cistron.models.evo2.model import Evo2
+from cistron.models.naming import FINAL_NORM
 from cistron.tokenizers import ByteTokenizer
+from cistron_kernels.cross_entropy import score_logprob
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 LogProbs: TypeAlias = NDArray[np.float32]
 
 _ROWS_PER_SOFTMAX = 4096
-"""Positions whose log-probabilities are taken at once: bounds the fp32 copy of a chunk's logits."""
+"""Positions whose log-probabilities are taken in bf16 at once: bounds the copies of a chunk's logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +91,13 @@ def score_sequences(
     Raises:
         InputError: the request is empty or an option does not apply.
         SequenceError: a sequence the model cannot read; names its index, the letter and its position.
+        CapabilityError: the model returned NaN.
     """
     if reduction not in get_args(Reduction):
         raise InputError(f"reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}")
     check_window(model, window)
     check_token_budget(token_budget)
-    if model.family == "evo2":
+    if isinstance(model, Evo2):
         checked = checked_sequences(model, sequences)
         strands = _strands(checked, reduction) if reverse_complement else [checked]
         scores = [
@@ -110,7 +116,7 @@ def score_sequences(
 
 
 def sequence_log_probs(
-    model: SequenceModel,
+    model: Evo2,
     sequences: Sequence[str],
     *,
     prepend_bos: bool = False,
@@ -124,11 +130,18 @@ def sequence_log_probs(
     for batch in length_sorted_batches([len(row) for row in rows], token_budget=token_budget):
         ids, mask = padded([rows[i] for i in batch], pad_id=model.tokenizer.pad_id, device=model.device)
         values = np.empty((len(batch), ids.shape[1] - 1), dtype=np.float32)
-        for start, output in forward_chunks(model, ids, mask, chunk=token_budget):
+        outputs = forward_chunks(
+            model, ids, mask, chunk=token_budget, hidden_states=[FINAL_NORM], with_logits=vortex_compat
+        )
+        for start, output in outputs:
             targets = ids[:, start + 1 : start + 1 + output.logits.shape[1]]
-            found = _target_log_probs(output.logits[:, : targets.shape[1]], targets, vortex_compat=vortex_compat)
+            if vortex_compat:
+                found = _rounded_log_probs(output.logits[:, : targets.shape[1]], targets)
+            else:
+                hidden = output.hidden_states[FINAL_NORM][:, : targets.shape[1]]
+                found = score_logprob(hidden.flatten(0, 1), model.head, targets.flatten()).view(targets.shape)
             values[:, start : start + targets.shape[1]] = found.cpu().numpy()
-        results.update({index: values[row, : len(rows[index]) - 1] for row, index in enumerate(batch)})
+        results.update({index: without_nan(values[row, : len(rows[index]) - 1]) for row, index in enumerate(batch)})
     return [results[index] for index in range(len(rows))]
 
 
@@ -144,11 +157,10 @@ def _strands(sequences: Sequence[str], reduction: Reduction) -> list[Sequence[st
     return [sequences, [reverse_complemented(sequence) for sequence in sequences]]
 
 
-def _target_log_probs(logits: torch.Tensor, targets: torch.Tensor, *, vortex_compat: bool) -> torch.Tensor:
-    """Return log p(target), fp32 [B, L], for logits [B, L, V] and targets [B, L]."""
-    precision = torch.bfloat16 if vortex_compat else torch.float32
+def _rounded_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return log p(target) [B, L] as the published losses do, in bf16, for logits [B, L, V] and targets [B, L]."""
     pieces = [
-        part.to(precision).log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0].float()
+        part.bfloat16().log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0].float()
         for part, ids in zip(_pieces(logits), _pieces(targets), strict=True)
     ]
     return torch.cat(pieces, dim=1)

@@ -86,6 +86,7 @@ def score_variants(
     Raises:
         InputError: an empty request, an option that does not apply, a variant that is malformed, outside the reference
             or whose reference allele is not what the reference holds; names the variant.
+        CapabilityError: the model returned NaN.
     """
     check_token_budget(token_budget)
     if isinstance(variants, str):
@@ -176,7 +177,8 @@ def _parsed(index: int, variant: AnyVariant) -> Variant:
         raise InputError(f"variant {index}: pos must be a whole number, got {parsed.pos!r}")
     for name, allele in (("ref", parsed.ref), ("alt", parsed.alt)):
         if not isinstance(allele, str) or not allele or set(allele.upper()) - set(NUCLEOTIDES + "N"):
-            raise InputError(f"variant {index} ({parsed}): {name} must be letters of {NUCLEOTIDES}N, got {allele!r}")
+            where = f"variant {index} ({parsed.chrom}:{parsed.pos})"
+            raise InputError(f"{where}: {name} must be letters of {NUCLEOTIDES}N, got {allele!r}")
     return parsed
 
 

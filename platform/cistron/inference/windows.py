@@ -35,6 +35,7 @@ is no nucleotide code. ambiguous_window: more letters other than A C G T than al
 """
 
 _ALLELE_LETTERS: Final = frozenset(NUCLEOTIDES + "N")
+_MOST_SHOWN: Final = 40
 _WINDOW_LETTERS: Final = frozenset(IUPAC_NUCLEOTIDES)
 _CONCRETE: Final = str.maketrans("RYSWKMBDHV", "ACCAGACAAA")
 """The base that VCF 4.3 puts for an ambiguous reference letter: the first of its alphabet order."""
@@ -50,7 +51,7 @@ class Variant:
     alt: str
 
     def __str__(self) -> str:
-        return f"{self.chrom}:{self.pos}{self.ref}>{self.alt}"
+        return f"{self.chrom}:{self.pos} {_shown(self.ref)}>{_shown(self.alt)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +144,19 @@ def _bounds(variant: Variant, contig: Contig, window: int) -> Problem | None:
 def _mismatch(variant: Variant, genome: ReferenceGenome, contig: Contig) -> Problem | None:
     start = variant.pos - 1
     found = genome.fetch(contig, start, start + len(variant.ref))
-    if variant.ref.upper() in (found, found.translate(_CONCRETE)):
+    ref, expected = variant.ref.upper(), found.translate(_CONCRETE)
+    if ref == expected:
         return None
-    return Problem("ref_mismatch", f"{variant}: the reference has {found!r} there, not {variant.ref!r}")
+    message = f"{variant}: the reference has {_shown(found)!r} there, not {_shown(variant.ref)!r}"
+    if len(ref) > 1:
+        place = next(i for i, letter in enumerate(ref) if letter != expected[i])
+        message += f"; the first difference is {found[place]} instead of {ref[place]} at {variant.pos + place}"
+    return Problem("ref_mismatch", message)
+
+
+def _shown(allele: str) -> str:
+    """Return an allele for a message, which a long one would drown."""
+    return allele if len(allele) <= _MOST_SHOWN else f"{allele[:_MOST_SHOWN]}... ({len(allele):,} letters)"
 
 
 def _flanks(variant: Variant, contig: Contig, window: int) -> tuple[int, int]:

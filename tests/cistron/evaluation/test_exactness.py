@@ -40,23 +40,24 @@ def test_a_proteins_neighbours_do_not_matter():
 
 
 def test_a_lost_modal_state_shows(monkeypatch):
-    exact = hyena.modal_step
+    exact = hyena.gated_modal_step
 
-    def forgetful(x, log_poles, residues, state):
+    def forgetful(*arguments):
+        *_, state, _ = arguments
         state.mul_(0.9)
-        return exact(x, log_poles, residues, state)
+        return exact(*arguments)
 
-    monkeypatch.setattr(hyena, "modal_step", forgetful)
+    monkeypatch.setattr(hyena, "gated_modal_step", forgetful)
     assert failed(tiny_evo2()) == {"step by step = whole", "prompts of 1 to 8 tokens, then steps = whole"}
 
 
 def test_a_row_that_sees_its_neighbour_shows(monkeypatch):
-    exact = hyena.fir_step
+    exact = hyena.gated_fir_step
 
     def leaking(x, *arguments, **options):
         return exact(x + 1e-3 * (x.mean(dim=0) - x), *arguments, **options)
 
-    monkeypatch.setattr(hyena, "fir_step", leaking)
+    monkeypatch.setattr(hyena, "gated_fir_step", leaking)
     assert "batch of mixed lengths = one at a time, logits" in failed(tiny_evo2())
 
 

@@ -125,16 +125,17 @@ def test_no_tokens_is_an_empty_continuation():
         (["ACGT", ""], {}, SequenceError, "prompt 1: the sequence is empty"),
         (["AC", "AC-"], {}, SequenceError, "prompt 1: letter '-' at position 3"),
         (["MKTAYIAKQR"], {}, SequenceError, "looks like a protein"),
-        (["ACGT"], {"num_tokens": -1}, InputError, "num_tokens must not be negative, got -1"),
+        (["ACGT"], {"num_tokens": -1}, InputError, "num_tokens must be a whole number, at least 0, got -1"),
         (["AC", "A" * 250], {"num_tokens": 7}, SequenceError, "prompt 1: 250 nt and 7 new .* 256; extend_context=True"),
-        (["A" * 300], {}, SequenceError, "prompt 0"),
+        (["A" * 300], {"num_tokens": 0}, SequenceError, "prompt 0: 300 nt .* extend_context=True generates beyond it"),
         (["ACGT"], {"temperature": 0}, InputError, "temperature must be above 0"),
         (["ACGT"], {"top_k": -2}, InputError, "top_k must be from 0"),
         (["ACGT"], {"top_k": 600}, InputError, "top_k must be from 0"),
         (["ACGT"], {"top_p": 2.0}, InputError, "top_p must be above 0"),
         (["ACGT"], {"allowed": ""}, InputError, "allowed must name at least one letter"),
         (["ACGT"], {"stop": [""]}, InputError, "stop: an empty string"),
-        (["ACGT"], {"prefill_chunk": 0}, InputError, "prefill_chunk must be at least 1"),
+        (["ACGT"], {"num_tokens": 1.5}, InputError, "num_tokens must be a whole number, at least 0, got 1.5"),
+        (["ACGT"], {"prefill_chunk": 0}, InputError, "prefill_chunk must be a whole number, at least 1"),
         (["ACGT"], {"seed": -4}, InputError, "seed must be from 0"),
     ],
 )
@@ -148,12 +149,14 @@ def test_a_masked_model_does_not_generate():
         generate(tiny_esm2(), ["MKT"], num_tokens=5)
 
 
-def test_nan_is_reported_instead_of_sampled():
-    model = tiny_evo2()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_reported_instead_of_sampled(bad: float):
+    model = tiny_evo2(tie_embeddings=False)
     with torch.no_grad():
-        next(model.parameters()).fill_(float("nan"))
-    with pytest.raises(CapabilityError, match="returned NaN"):
-        generate(model, ["ACGT"], num_tokens=2)
+        # Row T of the output layer makes one logit bad; greedy decoding would take an infinite one without noticing.
+        model.get_parameter("unembed.weight")[ord("T"), 0] = bad
+    with pytest.raises(CapabilityError, match="returned NaN or infinity"):
+        generate(model, ["ACGT"], num_tokens=2, top_k=1)
 
 
 def test_a_token_id_stops_when_asked_for():
@@ -237,3 +240,26 @@ def test_what_the_callback_raises_ends_the_generation():
     with pytest.raises(KeyError, match="gone"):
         generate(tiny_evo2(), ["ACGT"], num_tokens=50, on_token=stop_after_two)
     assert len(seen) == 2
+
+
+def test_the_vocabulary_is_that_of_the_model():
+    model = tiny_evo2(vocab_size=128)
+    assert len(generate(model, ["ACGT"], num_tokens=3, top_k=128, allowed=None)[0].token_ids) == 3
+    for options, message in (
+        ({"top_k": 129}, "top_k must be from 0 .all. to the vocabulary's 128, got 129"),
+        ({"allowed": "AC\x80"}, r"allowed: '\\x80' is not among the model's 128 tokens"),
+        ({"stop": [128]}, "stop: 128 is neither a string nor a token id from 0 to 127"),
+    ):
+        with pytest.raises(InputError, match=message):
+            generate(model, ["ACGT"], num_tokens=3, **options)
+
+
+def test_a_stop_that_cannot_be_generated_is_mentioned(caplog: pytest.LogCaptureFixture):
+    generate(tiny_evo2(), ["ACGT"], num_tokens=1, stop=("TAA,TAG", "TAA", 67, 0))
+    assert [record.message for record in caplog.records] == [
+        "stop: 'TAA,TAG' can never be generated, as only the letters ACGT are allowed",
+        "stop: 0 can never be generated, as only the letters ACGT are allowed",
+    ]
+    caplog.clear()
+    generate(tiny_evo2(), ["ACGT"], num_tokens=1, stop=("tag", 0), allowed=None)
+    assert not caplog.records

@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 
 from cistron.errors import InputError
-from cistron.inference.protein_variants import Substitution, mutated, parse_variant
+from cistron.inference.protein_variants import (
+    Substitution,
+    VariantProblem,
+    find_substitutions,
+    mutated,
+    parse_variant,
+)
 
 WILD_TYPE = "MKTAYIAKQRUX"
 K2A, A4T = Substitution("K", 1, "A"), Substitution("A", 3, "T")
@@ -50,8 +56,8 @@ def test_every_way_to_write_a_variant(variant: str, expected: list[Substitution]
         ("K" + "9" * 5000 + "A", "cannot read"),
         ("p.Ala2Lys", "the wild type has K at 2, not A"),
         ("K3A", "the wild type has T at 3, not K"),
-        ("K2A:Lys2Gly", "replaces one position twice"),
-        ("K2A:K2=", "replaces one position twice"),
+        ("K2A:Lys2Gly", "replaces position 2 twice"),
+        ("K2A:K2=", "replaces position 2 twice"),
         ("k2a", "cannot read 'k2a'; write it as 'A23T' or 'p.Ala23Thr'"),
         ("K02A", "cannot read 'K02A'"),
         ("K-2A", "cannot read"),
@@ -68,6 +74,25 @@ def test_every_way_to_write_a_variant(variant: str, expected: list[Substitution]
 def test_a_variant_that_cannot_be_scored_says_why(variant: object, message: str):
     with pytest.raises(InputError, match=f"^variant 7.*: .*{message}"):
         parse_variant(variant, WILD_TYPE, name="variant 7")
+
+
+@pytest.mark.parametrize(
+    ("variant", "status"),
+    [
+        ("p.Lys2fs", "not_a_substitution"),
+        ("K2*", "not_a_substitution"),
+        ("K0A", "outside_protein"),
+        ("A4T:K13A", "outside_protein"),
+        ("K3A", "wild_type_mismatch"),
+        ("K2A:K2G", "repeated_position"),
+        ("K2J", "malformed"),
+        (None, "malformed"),
+    ],
+)
+def test_a_problem_has_a_status(variant: object, status: str):
+    found = find_substitutions(variant, WILD_TYPE)
+    assert isinstance(found, VariantProblem)
+    assert found.status == status
 
 
 def test_replaced_residues():

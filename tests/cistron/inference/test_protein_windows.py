@@ -9,12 +9,13 @@ import pytest
 from tests.tiny_models import tiny_esm2
 
 from cistron.errors import InputError
-from cistron.inference.protein_windows import centred_start, overlapping_windows, residues_per_window
+from cistron.inference.protein_windows import centred_start, num_windows, overlapping_windows, residues_per_window
 
 
 @pytest.mark.parametrize(("length", "window"), [(5, 5), (3, 8), (6, 5), (40, 7), (41, 8), (9, 1), (2045, 1022)])
 def test_windows_cover_every_residue_with_weights_that_sum_to_one(length: int, window: int):
     windows = overlapping_windows(length, window=window)
+    assert num_windows(length, window=window) == len(windows)
     total = np.zeros(length)
     for part in windows:
         assert part.stop - part.start == min(window, length)

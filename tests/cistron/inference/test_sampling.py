@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,9 +69,12 @@ def test_greedy_takes_the_lowest_of_equal_ids():
         ({"temperature": float("nan")}, "temperature must be above 0"),
         ({"temperature": float("inf")}, "temperature must be above 0"),
         ({"top_k": -1}, "top_k must be from 0 .all. to the vocabulary's 512, got -1"),
+        ({"temperature": None}, "temperature must be above 0, got None"),
         ({"top_k": 513}, "got 513"),
+        ({"top_k": 2.0}, "top_k must be from 0 .* got 2.0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"top_p": 1.5}, "got 1.5"),
+        ({"allowed_ids": (65, 600)}, "allowed: 'ɘ' is not among the model's 512 tokens"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str):
@@ -85,6 +89,8 @@ def test_letters_to_ids():
         letter_ids("")
     with pytest.raises(InputError, match="'€' is not a single byte"):
         letter_ids("A€")
+    with pytest.raises(InputError, match="'CG' is not a single byte"):
+        letter_ids(["A", "CG"])  # type: ignore[arg-type]
 
 
 def draws(prompts: list[str], seed: int | list[int] | None) -> list[float]:
@@ -97,6 +103,7 @@ def test_a_prompts_stream_does_not_depend_on_the_others_but_repeats_differ():
     assert first != second
     assert draws(["AC", "GT"], [3, 4]) == [draws(["AC"], 3)[0], draws(["GT"], 4)[0]]
     assert draws(["AC"], None) != draws(["AC"], None)
+    assert generators(["AC"], np.int64(7))[0].initial_seed() == 7  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -124,10 +124,23 @@ def test_protein_score_is_the_pseudo_log_likelihood():
 
 
 def test_long_sequences_are_reduced_in_pieces(monkeypatch: pytest.MonkeyPatch):
-    whole = score_sequences(tiny_evo2(), DNA, reduction="none")
+    options = {"reduction": "none", "vortex_compat": True}
+    whole = score_sequences(tiny_evo2(), DNA, **options)
     monkeypatch.setattr("cistron.inference.score._ROWS_PER_SOFTMAX", 5)
-    for a, b in zip(whole, score_sequences(tiny_evo2(), DNA, reduction="none"), strict=True):
+    for a, b in zip(whole, score_sequences(tiny_evo2(), DNA, **options), strict=True):
         np.testing.assert_array_equal(a.per_token, b.per_token)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_log_probabilities_of_a_model_in_bf16_are_not_rounded(tied: bool):
+    model = tiny_evo2(tie_embeddings=tied).bfloat16()
+    ids = torch.tensor([list(DNA[2].encode())])
+    with torch.no_grad():
+        hidden = model(ids, hidden_states=["final_norm"]).hidden_states["final_norm"][0, :-1]
+        logits = hidden.double() @ model.head.double().T
+    expected = -functional.cross_entropy(logits, ids[0, 1:], reduction="none").numpy()
+    result = score_sequences(model, [DNA[2]], reduction="none")[0]
+    np.testing.assert_allclose(result.per_token, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

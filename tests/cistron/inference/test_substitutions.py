@@ -61,6 +61,16 @@ def test_the_matrix_is_the_difference_of_naive_log_probabilities(strategy: Any, 
 
 
 @pytest.mark.parametrize("strategy", ["masked-marginal", "wt-marginal"])
+def test_rows_of_the_matrix_can_be_asked_for(strategy: Any):
+    model = tiny_esm2()
+    whole = substitution_matrix(model, WILD_TYPE, strategy=strategy)
+    some = substitution_matrix(model, WILD_TYPE, strategy=strategy, positions=[4, 0, 20])
+    np.testing.assert_allclose(some, whole[[4, 0, 20]], atol=1e-6)
+    with pytest.raises(InputError, match="position 21 is outside the protein, which has 21 residues"):
+        substitution_matrix(model, WILD_TYPE, strategy=strategy, positions=[0, 21])
+
+
+@pytest.mark.parametrize("strategy", ["masked-marginal", "wt-marginal"])
 @pytest.mark.parametrize("window", [None, 8])
 def test_variants_read_the_matrix_and_add_up(strategy: Any, window: int | None):
     model = tiny_esm2()

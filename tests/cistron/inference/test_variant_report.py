@@ -33,6 +33,12 @@ def base(pos: int, shift: int = 0) -> str:
         (("chr1", 50, base(50).lower(), base(50, 1).lower()), SCORED, None),
         (("chr1", 30, base(30), base(30)), SCORED, None),
         (("chr1", 30, base(30, 1), base(30, 2)), "ref_mismatch", f"the reference has '{base(30)}' there"),
+        (
+            ("chr1", 31, CHR1[30:33] + base(34, 1), "C"),
+            "ref_mismatch",
+            f"chr1:31 {CHR1[30:33]}{base(34, 1)}>C: the reference has '{CHR1[30:34]}' there, not "
+            f"'{CHR1[30:33]}{base(34, 1)}'; the first difference is {base(34)} instead of {base(34, 1)} at 34",
+        ),
         (("chr1", 0, "A", "C"), "outside_contig", "outside chr1, which has 80 letters"),
         (("chr1", 81, "A", "C"), "outside_contig", "outside chr1"),
         (("chr1", 80, base(80) + "A", "C"), "outside_contig", "outside chr1"),
@@ -43,7 +49,11 @@ def base(pos: int, shift: int = 0) -> str:
         (("chr1", 30, base(30), f"{base(30)}[chr2:5["), "symbolic_allele", "no sequence"),
         (("chr1", 30, base(30), "R"), "invalid_allele", "alt must be letters of ACGTN, got 'R'"),
         (("chr1", 30, "", "A"), "invalid_allele", "ref must be letters"),
-        (("chr1", 30, CHR1[29:70], "A"), "allele_too_long", "do not fit a window of 16"),
+        (
+            ("chr1", 30, CHR1[29:70], "A"),
+            "allele_too_long",
+            "chr1:30 " + CHR1[29:69] + "... (41 letters)>A: alleles do not fit a window of 16",
+        ),
         (("chr2", 5, "A", "G"), SCORED, None),  # VCF reduces R to A.
         (("chr2", 5, "G", "A"), "ref_mismatch", "the reference has 'R' there"),
         (("chr2", 16, "N", "A"), "ambiguous_window", "of 16 letters around it are none of A, C, G and T"),
