@@ -48,7 +48,7 @@ def compare(
 def outputs_and_gradients(
     op: Callable[..., Any], tensors: Mapping[str, torch.Tensor | None], options: Mapping[str, Any]
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the outputs, and the gradients of the floating-point inputs for the same random cotangents at each call."""
+    """Return the outputs, and the gradients of floating-point inputs for cotangents that are the same at each call."""
     leaves = {name: _leaf(tensor) for name, tensor in tensors.items()}
     outputs = op(**leaves, **options)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else [y for y in outputs if y is not None]
@@ -62,7 +62,7 @@ def outputs_and_gradients(
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float, what: str) -> None:
-    """Assert that two tensors differ by at most `tolerance` of the norm of `want`, and that nothing is left unwritten."""
+    """Assert that `got` was written everywhere, and differs by at most `tolerance` of the norm of `want`."""
     assert got.shape == want.shape, f"{what}: {tuple(got.shape)} is not {tuple(want.shape)}"
     assert got.isfinite().all(), f"{what} is not finite: something was not written, or stray memory was read"
     error = torch.linalg.vector_norm(got.double() - want.double())

@@ -1,7 +1,7 @@
 """Compile kernels to machine code without a GPU, and read from it what they would cost.
 
-`python -m tests.kernels.offline.compiler OP ...` prints one JSON line per case and architecture of the ``CASES`` of these
-ops, or of all. It is a program because Triton's functions are interpreted in the process of the tests.
+`python -m tests.kernels.offline.compiler OP ...` prints one JSON line per case and architecture of the ``CASES`` of
+these ops, or of all. It is a program because Triton's functions are interpreted in the process of the tests.
 """
 
 from __future__ import annotations
