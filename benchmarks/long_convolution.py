@@ -38,11 +38,10 @@ ASKED = {
 def run() -> list[dict[str, Any]]:
     """Return one row per measure and length; a wrong result is an error, not a row."""
     kept, default = ({n: _in_new_process(_measure, n, env) for n in (SHORT, LONG)} for env in (KEEP_FREED_MEMORY, {}))
-    for measured in (kept, default):
-        for name in ("time", "peak extra memory"):
-            unit = "ms" if name == "time" else "MiB"
-            grown, start = (measured[n][f"{name}, {unit}"] for n in (LONG, SHORT))
-            measured[LONG][f"{name}, 64k / 8k"] = round(grown / start, 2)
+    for measured, environment in ((kept, KEEP_FREED_MEMORY), (default, {})):
+        measured[LONG] |= _in_new_process(_growth, LONG, environment)
+        grown, start = (measured[n]["peak extra memory, MiB"] for n in (LONG, SHORT))
+        measured[LONG]["peak extra memory, 64k / 8k"] = round(grown / start, 2)
     return [
         {
             "measure": name,
@@ -66,13 +65,26 @@ def _in_new_process(function: Callable[[int], dict[str, float]], length: int, en
             del os.environ[name]
 
 
-def _measure(length: int) -> dict[str, float]:
-    torch.set_num_threads(2)
+def _draw(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x_BHL = torch.randn(1, HIDDEN, length, generator=generator)
     log_poles_HS = -torch.rand(HIDDEN, POLES, generator=generator).mul(8).sub(8).exp()
-    residues_HS = torch.randn(HIDDEN, POLES, generator=generator) / POLES
-    inputs = (x_BHL, log_poles_HS, residues_HS)
+    return x_BHL, log_poles_HS, torch.randn(HIDDEN, POLES, generator=generator) / POLES
+
+
+@torch.no_grad()
+def _growth(length: int) -> dict[str, float]:
+    """Compare with SHORT in one process, in turns: processes apart would compare one minute's noise with another's."""
+    torch.set_num_threads(2)
+    short, long = _draw(SHORT), _draw(length)
+    calls = length // SHORT
+    seconds = interleaved({"short": _in_a_row(lambda: modal_scan(*short), calls), "long": lambda: modal_scan(*long)})
+    return {"time, 64k / 8k": round(calls * seconds["long"] / seconds["short"], 2)}
+
+
+def _measure(length: int) -> dict[str, float]:
+    torch.set_num_threads(2)
+    inputs = _, log_poles_HS, residues_HS = _draw(length)
     with torch.no_grad():
         memory = _memory(*inputs)
         filters_HL = _filters(log_poles_HS, residues_HS, length)
@@ -106,7 +118,7 @@ def _forward(
     if error > TOLERANCE:
         raise AssertionError(f"the scan differs from the FFT by {error:.1e} at length {length}: no speed is reported")
     cached = interleaved({"scan": _in_a_row(scan), "fft": _in_a_row(lambda: _fft(x_BHL, spectrum))})
-    built = interleaved({"scan": _in_a_row(scan), "fft": build_and_convolve}, rounds=3)
+    built = interleaved({"scan": _in_a_row(scan), "fft": build_and_convolve})
     return {
         "time, ms": round(1000 * cached["scan"] / CALLS, 1),
         "faster than FFT, filter built": round(built["fft"] / built["scan"] * CALLS, 1),
@@ -137,11 +149,11 @@ def _forward_and_backward(
     }
 
 
-def _in_a_row(function: Callable[[], object]) -> Callable[[], None]:
+def _in_a_row(function: Callable[[], object], calls: int = CALLS) -> Callable[[], None]:
     """Let a turn be several calls, so that few of them pay for the caches that the other candidate emptied."""
 
     def run() -> None:
-        for _ in range(CALLS):
+        for _ in range(calls):
             function()
 
     return run

@@ -36,7 +36,7 @@ def write_record(name: str, rows: list[dict[str, Any]]) -> Path:
     record = {
         "benchmark": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("cistron", "torch", "ray")}},
         "rows": rows,
     }
@@ -46,7 +46,8 @@ def write_record(name: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the processor's name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

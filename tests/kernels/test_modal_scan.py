@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cistron_kernels.modal_scan import chunks, modal_scan
+from cistron_kernels.modal_scan import chunks, gated_modal_scan, modal_scan
 
 
 def direct(x: torch.Tensor, log_poles: torch.Tensor, residues: torch.Tensor, state: torch.Tensor | None = None):
@@ -105,6 +105,33 @@ def test_gradients_through_both_states():
     assert torch.autograd.gradcheck(
         lambda x, poles, residues, state: modal_scan(x, poles, residues, state=state, lengths=lengths, chunk=3)[1],
         inputs,
+    )
+
+
+@pytest.mark.parametrize("lengths", [None, [1, 9], [0, 5]])
+def test_gated_equals_token_by_token_with_gradients(lengths: list[int] | None):
+    torch.manual_seed(9)
+    x, log_poles, residues = draw(2, 2, 9)
+    taps, skip = torch.randn(6, 3).double(), torch.randn(2).double()
+    past, state = torch.randn(2, 6, 2).double(), torch.randn(2, 2, 3).double()
+    inputs = [x.repeat(1, 3, 1), taps, log_poles, residues, skip, past, state]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    real = None if lengths is None else torch.tensor(lengths)
+    got = gated_modal_scan(*inputs[:5], projection_history=past, state=state, lengths=real)
+    window = torch.cat([past, inputs[0]], dim=-1)
+    filtered = torch.stack([(window[..., t : t + 3] * taps).sum(-1) for t in range(9)], dim=-1)
+    post, pre, value = filtered[:, ::3], filtered[:, 1::3], filtered[:, 2::3]
+    y, states = direct(pre * value, log_poles, residues, state)
+    ends = [9, 9] if lengths is None else lengths
+    expected = (
+        post * (y + skip[:, None] * pre * value),
+        torch.stack([window[row, :, end : end + 2] for row, end in enumerate(ends)]),
+        torch.stack([torch.cat([state[..., None], states], dim=-1)[row, ..., end] for row, end in enumerate(ends)]),
+    )
+    upstream = [torch.randn_like(out) for out in expected]
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
     )
 
 

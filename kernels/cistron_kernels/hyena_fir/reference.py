@@ -46,10 +46,36 @@ def hyena_fir(
         past = x.new_zeros(*x.shape[:2], width - 1) if history is None else history.to(x.dtype)
         window = torch.cat([past, x], dim=-1)
         current_last = taps if order == "correlation" else taps.flip(-1)
-        y: torch.Tensor = _CausalFir.apply(window.to(wide), _per_channel(current_last, channels).to(wide))  # type: ignore[no-untyped-call]
+        y: torch.Tensor = _CausalFir.apply(window.to(wide), per_channel(current_last, channels).to(wide))  # type: ignore[no-untyped-call]
         if skip is not None:
-            y = torch.addcmul(y, _per_channel(skip, channels).to(wide)[:, None], x.to(wide))
+            y = torch.addcmul(y, per_channel(skip, channels).to(wide)[:, None], x.to(wide))
         return y.to(x.dtype), _last_inputs(window, lengths, width - 1)
+
+
+def gated_fir(
+    projected: torch.Tensor,
+    projection_taps: torch.Tensor,
+    taps: torch.Tensor,
+    *,
+    order: TapOrder,
+    skip: torch.Tensor | None = None,
+    projection_history: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Filter the projection, gate, filter, gate; return y [B, D, L] and the last inputs of both filters."""
+    filtered, projection_history = hyena_fir(
+        projected, projection_taps, order="correlation", history=projection_history, lengths=lengths
+    )
+    post_gate, pre_gate, value = split_projection(filtered)
+    y, history = hyena_fir(pre_gate * value, taps, order=order, skip=skip, history=history, lengths=lengths)
+    return post_gate * y, projection_history, history
+
+
+def split_projection(projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return post-gate, pre-gate and value, each [B, D, L]: the three neighbouring rows of every channel."""
+    batch, rows, length = projected.shape
+    return projected.view(batch, rows // 3, 3, length).unbind(dim=2)
 
 
 class _CausalFir(torch.autograd.Function):
@@ -94,7 +120,7 @@ def _lag_correlation(grad: torch.Tensor, window: torch.Tensor, width: int) -> to
     return products.as_strided((channels, _CHUNK, width), (_CHUNK * reach, reach + 1, 1)).sum(dim=1)
 
 
-def _per_channel(grouped: torch.Tensor, channels: int) -> torch.Tensor:
+def per_channel(grouped: torch.Tensor, channels: int) -> torch.Tensor:
     """Repeat the entries of each group for its channels, [G, ...] -> [C, ...]."""
     return grouped.repeat_interleave(channels // grouped.shape[0], dim=0)
 

@@ -20,19 +20,7 @@ def modal_scan(
     lengths: torch.Tensor | None = None,
     chunk: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Convolve with ``h[t] = sum_s residues[s] * exp(log_poles[s] * t)``, starting from `state`.
-
-    Args:
-        x: [B, H, L], L >= 1.
-        log_poles: [H, S], real and negative.
-        residues: [H, S].
-        state: [B, H, S] after the token before `x`; none means zeros.
-        lengths: [B], real tokens of each right-padded row; none means L.
-        chunk: tokens per chunk.
-
-    Returns:
-        y [B, H, L] in the dtype of `x`, and the state [B, H, S] (fp32 or better) after each row's last real token.
-    """
+    """Return y [B, H, L] and the final state [B, H, S], as the package's function of this name says."""
     with torch.autocast(x.device.type, enabled=False):
         wide = torch.promote_types(torch.promote_types(x.dtype, log_poles.dtype), torch.float32)
         log_poles, residues = log_poles.to(wide), residues.to(wide)
@@ -55,6 +43,29 @@ def modal_scan(
         )
         y = y.flatten(2).transpose(0, 1)[..., :length].to(x.dtype)
         return y, _final_state(x, reached.transpose(0, 1), log_poles, to_state, lengths)
+
+
+def last_inputs(
+    x: torch.Tensor, history: torch.Tensor | None, lengths: torch.Tensor | None, count: int
+) -> torch.Tensor:
+    """Return the `count` inputs up to each row's last real token, as a copy that frees x [B, C, L].
+
+    Args:
+        x: [B, C, L].
+        history: [B, C, count], the inputs before; none means zeros.
+        lengths: [B], real tokens of each row; none means L.
+        count: how many.
+    """
+    length = x.shape[-1]
+    if lengths is None and length >= count:
+        return x[..., length - count :].clone()
+    past = x.new_zeros(*x.shape[:2], count) if history is None else history.to(x.dtype)
+    if lengths is None:
+        return torch.cat([past[..., length:], x], dim=-1)
+    index = (lengths[:, None] - count + torch.arange(count, device=x.device))[:, None].expand(-1, x.shape[1], -1)
+    return torch.where(
+        index < 0, past.gather(-1, (index + count).clamp(max=count - 1)), x.gather(-1, index.clamp(min=0))
+    )
 
 
 def _toeplitz(taps: torch.Tensor) -> torch.Tensor:

@@ -328,10 +328,13 @@ def test_the_nvidia_variant_adds_a_skip_per_group():
     skip = model.blocks[0].mixer.filter.skip
     with torch.inference_mode():
         z = torch.randn(1, 16, 9)
-        with_skip, _ = model.blocks[0].mixer.filter(z)
+        # Both gates are open, and the projection's filter lets its input pass.
+        projected = torch.stack([torch.ones_like(z), torch.ones_like(z), z], dim=2).flatten(1, 2)
+        passing = torch.tensor([0.0, 0.0, 1.0]).expand(48, 3)
+        with_skip = model.blocks[0].mixer.filter(projected, passing)
         saved = skip.clone()
         skip.zero_()
-        without, _ = model.blocks[0].mixer.filter(z)
+        without = model.blocks[0].mixer.filter(projected, passing)
     torch.testing.assert_close(with_skip - without, saved.repeat_interleave(4)[:, None] * z)
     assert "unembed.weight" in model.state_dict()
 

@@ -162,8 +162,8 @@ def main(ops: Sequence[str]) -> None:
     jobs = [
         (op, index, architecture)
         for op in ops
-        for index in range(len(importlib.import_module(f"tests.kernels.offline.{op}").CASES))
-        for architecture in ARCHITECTURES
+        for index, case in enumerate(importlib.import_module(f"tests.kernels.offline.{op}").CASES)
+        for architecture in case.architectures
     ]
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
         for found in pool.map(report, *zip(*jobs, strict=True)):

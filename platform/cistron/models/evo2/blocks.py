@@ -1,6 +1,6 @@
 """The layer of Evo 2: mixer and MLP, each behind a norm and beside the residual stream.
 
-The mixers are in ``hyena`` and ``attention``.
+The mixers are in ``mixer`` and ``attention``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cistron.models.evo2 import attention, hyena
+from cistron.models.evo2 import attention, mixer
 from cistron.models.evo2.cache import LayerState
 from cistron.models.evo2.config import ATTENTION, Evo2Config
 from cistron.models.evo2.layout import Layout
@@ -61,7 +61,7 @@ class Block(nn.Module):
         symbol = config.layer_pattern[index]
         gelu = config.mlp_activation == "gelu" or index == 0
         self.mixer_norm = RmsNorm(config)
-        self.mixer = attention.Attention(config) if symbol == ATTENTION else hyena.HyenaMixer(config, symbol)
+        self.mixer = attention.Attention(config) if symbol == ATTENTION else mixer.HyenaMixer(config, symbol)
         self.mlp_norm = AddRmsNorm(config)
         self.mlp = Mlp(config, "gelu" if gelu else "identity")
 

@@ -1,11 +1,11 @@
-"""The Hyena mixer and its three operators: HCS (7 taps), HCM (128 taps), HCL (16 decaying exponentials).
+"""The three operators of Hyena layers: HCS (7 taps), HCM (128 taps), HCL (16 decaying exponentials).
 
 One projection gives each channel three neighbouring rows; a short filter runs over all of them, and only then are they
 told apart: post-gate, pre-gate, value. The operators differ in their conventions, which the checkpoints fix: HCS stores
 the current token's tap last, HCM first; HCM adds its skip term in fp32, HCL in the dtype of the activations.
 
-Filters run channel-major, [B, C, L]. Each takes and returns its state, so one definition serves whole sequences, chunks
-and single steps.
+Filters run channel-major, [B, C, L], gates and short filter included. Each continues from its state and updates it, so
+one definition serves whole sequences and chunks; single steps have their own.
 """
 
 from __future__ import annotations
@@ -17,13 +17,10 @@ import torch
 from torch import nn
 
 from cistron.models.evo2.cache import FirState, HyenaState
-from cistron.models.evo2.config import HCL, HCM, HCS, Evo2Config
-from cistron.models.evo2.layout import Layout
-from cistron.models.layers.fp8 import Fp8Projection
-from cistron.models.layers.linear import Linear
+from cistron.models.evo2.config import Evo2Config
 from cistron_kernels.decode_step import gated_fir_step, gated_modal_step
-from cistron_kernels.hyena_fir import TapOrder, hyena_fir
-from cistron_kernels.modal_scan import modal_scan
+from cistron_kernels.hyena_fir import TapOrder, gated_fir
+from cistron_kernels.modal_scan import gated_modal_scan
 
 _HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
@@ -43,12 +40,24 @@ class Fp32Module(nn.Module):
 
 
 class Operator(Protocol):
-    """What stands between the two gates."""
+    """What stands between the two projections of a layer."""
 
     def __call__(
-        self, z: torch.Tensor, *, state: FirState | torch.Tensor | None, lengths: torch.Tensor | None
-    ) -> tuple[torch.Tensor, FirState | torch.Tensor]:
-        """Map z [B, H, L] to y [B, H, L] and the state after each row's last real token, which may reuse `state`."""
+        self,
+        projected: torch.Tensor,
+        projection_taps: torch.Tensor,
+        *,
+        state: HyenaState | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Map projected rows [B, 3H, L] to gated outputs [B, H, L].
+
+        Args:
+            projected: the three rows of a channel are neighbours.
+            projection_taps: [3H, P], of the short filter.
+            state: updated in place to that after each row's last real token.
+            lengths: [B], real tokens of each row; all if None.
+        """
         ...
 
     def step(self, projected: torch.Tensor, projection_taps: torch.Tensor, state: HyenaState) -> torch.Tensor:
@@ -69,10 +78,16 @@ class HcsFilter(nn.Module):
             self.skip = nn.Parameter(torch.empty(config.num_filter_groups))
 
     def forward(
-        self, z: torch.Tensor, *, state: FirState | None = None, lengths: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, FirState | None]:
-        """Filter z [B, H, L]; the state holds the last inputs."""
-        return filtered(z, self.taps, order=self.order, skip=self.skip, state=state, lengths=lengths)
+        self,
+        projected: torch.Tensor,
+        projection_taps: torch.Tensor,
+        *,
+        state: HyenaState | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Map projected rows [B, 3H, L] to gated outputs [B, H, L]; the state holds the last inputs of both filters."""
+        filters = projection_taps, self.taps
+        return fir(projected, *filters, order=self.order, skip=self.skip, state=state, lengths=lengths)
 
     def step(self, projected: torch.Tensor, projection_taps: torch.Tensor, state: HyenaState) -> torch.Tensor:
         """Map one projected token [B, 3H] to the gated output [B, H]."""
@@ -94,10 +109,16 @@ class HcmFilter(nn.Module):
         return self.taps
 
     def forward(
-        self, z: torch.Tensor, *, state: FirState | None = None, lengths: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, FirState | None]:
-        """Filter z [B, H, L]; the state holds the last inputs."""
-        return filtered(z, self.effective_taps(), order=self.order, skip=self.skip, state=state, lengths=lengths)
+        self,
+        projected: torch.Tensor,
+        projection_taps: torch.Tensor,
+        *,
+        state: HyenaState | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Map projected rows [B, 3H, L] to gated outputs [B, H, L]; the state holds the last inputs of both filters."""
+        filters = projection_taps, self.effective_taps()
+        return fir(projected, *filters, order=self.order, skip=self.skip, state=state, lengths=lengths)
 
     def step(self, projected: torch.Tensor, projection_taps: torch.Tensor, state: HyenaState) -> torch.Tensor:
         """Map one projected token [B, 3H] to the gated output [B, H]."""
@@ -135,11 +156,26 @@ class HclFilter(Fp32Module):
         return self.log_poles
 
     def forward(
-        self, z: torch.Tensor, *, state: torch.Tensor | None = None, lengths: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Filter z [B, H, L]; the state is [B, H, S]."""
-        y, state = modal_scan(z, self.effective_log_poles(), self.residues, state=state, lengths=lengths)
-        return y + self.skip.to(z.dtype)[:, None] * z, state
+        self,
+        projected: torch.Tensor,
+        projection_taps: torch.Tensor,
+        *,
+        state: HyenaState | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Map projected rows [B, 3H, L] to gated outputs [B, H, L]; the operator's state is [B, H, S]."""
+        filters = projection_taps, self.effective_log_poles(), self.residues, self.skip
+        if state is None:
+            return gated_modal_scan(projected, *filters)[0]
+        y, last, state.operator = gated_modal_scan(
+            projected,
+            *filters,
+            projection_history=state.projection.last(),
+            state=cast("torch.Tensor", state.operator),
+            lengths=lengths,
+        )
+        state.projection = FirState.of(last.to(state.projection.inputs.dtype))
+        return y
 
     def step(self, projected: torch.Tensor, projection_taps: torch.Tensor, state: HyenaState) -> torch.Tensor:
         """Map one projected token [B, 3H] to the gated output [B, H]."""
@@ -160,68 +196,35 @@ class HclTrainingFilter(HclFilter):
         return factored_log_poles(self.gamma, self.p)
 
 
-class HyenaMixer(nn.Module):
-    """Projection, short filter, gate, operator, gate, projection."""
-
-    def __init__(self, config: Evo2Config, symbol: str) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.projection = Fp8Projection(width, 3 * width, stored_scales=config.fp8_scales)
-        self.projection_taps = nn.Parameter(torch.empty(3 * width, config.short_filter_length))
-        self.filter = make_filter(config, symbol)
-        self.output = Linear(width, width)
-
-    def forward(self, x: torch.Tensor, layout: Layout, state: HyenaState | None = None) -> torch.Tensor:
-        """Mix along the sequence: [B, L, H] or [T, H] to the same shape; `state` is updated in place."""
-        if state is not None and layout.lengths is None and x.shape[1] == 1:
-            operator = cast("Operator", self.filter)
-            return self.output(operator.step(self.projection(x)[:, 0], self.projection_taps, state)[:, None])
-        return self.output(layout.by_document(lambda rows: self._mix(rows, layout, state), self.projection(x)))
-
-    def _mix(self, rows: torch.Tensor, layout: Layout, state: HyenaState | None) -> torch.Tensor:
-        """Map projected rows [B, L, 3H] to gated outputs [B, L, H]."""
-        projected, projection_state = filtered(
-            rows.transpose(1, 2),
-            self.projection_taps,
-            order="correlation",
-            state=None if state is None else state.projection,
-            lengths=layout.lengths,
-        )
-        post_gate, pre_gate, value = projected.view(len(rows), -1, 3, rows.shape[1]).unbind(dim=2)
-        operator = cast("Operator", self.filter)
-        y, operator_state = operator(
-            pre_gate * value, state=None if state is None else state.operator, lengths=layout.lengths
-        )
-        if state is not None:
-            state.projection, state.operator = cast("FirState", projection_state), operator_state
-        return (post_gate * y).transpose(1, 2)
-
-
-def make_filter(config: Evo2Config, symbol: str) -> nn.Module:
-    """Return the operator of a layer, in the configuration's parametrization."""
-    training = config.parametrization == "training"
-    if symbol == HCS:
-        return HcsFilter(config)
-    if symbol == HCM:
-        return HcmTrainingFilter(config) if training else HcmFilter(config)
-    assert symbol == HCL, f"{symbol!r} is not a Hyena layer"
-    return HclTrainingFilter(config) if training else HclFilter(config)
-
-
-def filtered(
-    x: torch.Tensor,
+def fir(
+    projected: torch.Tensor,
+    projection_taps: torch.Tensor,
     taps: torch.Tensor,
     *,
     order: TapOrder,
-    skip: torch.Tensor | None = None,
-    state: FirState | None = None,
-    lengths: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, FirState | None]:
-    """Run a finite filter over [B, C, L]."""
+    skip: torch.Tensor | None,
+    state: HyenaState | None,
+    lengths: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run an HCS or HCM layer between its projections, [B, 3H, L] -> [B, H, L]."""
     if state is None:
-        return hyena_fir(x, taps, order=order, skip=skip)[0], None
-    y, last = hyena_fir(x, taps, order=order, skip=skip, history=state.last(), lengths=lengths)
-    return y, FirState.of(last.to(state.inputs.dtype))
+        return gated_fir(projected, projection_taps, taps, order=order, skip=skip)[0]
+    first, ring = state.projection, cast("FirState", state.operator)
+    y, last_projected, last = gated_fir(
+        projected,
+        projection_taps,
+        taps,
+        order=order,
+        skip=skip,
+        projection_history=first.last(),
+        history=ring.last(),
+        lengths=lengths,
+    )
+    state.projection, state.operator = (
+        FirState.of(last_projected.to(first.inputs.dtype)),
+        FirState.of(last.to(ring.inputs.dtype)),
+    )
+    return y
 
 
 def fir_step(
@@ -247,14 +250,3 @@ def decayed_taps(taps: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
 def factored_log_poles(gamma: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """Return HCL's log poles from their training form."""
     return -p.exp() * gamma.exp()
-
-
-def empty_state(config: Evo2Config, symbol: str, batch_size: int, like: torch.Tensor) -> HyenaState:
-    """Return the state of a Hyena layer before the first token; `like` gives device and dtype."""
-    width = config.hidden_size
-    projection = FirState.of(like.new_zeros(batch_size, 3 * width, config.short_filter_length - 1))
-    if symbol == HCL:
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return HyenaState(projection, like.new_zeros(batch_size, width, config.state_size, dtype=wide))
-    taps = config.hcs_filter_length if symbol == HCS else config.hcm_filter_length
-    return HyenaState(projection, FirState.of(like.new_zeros(batch_size, width, taps - 1)))

@@ -2,7 +2,7 @@
 
 What is easy to get wrong, and is fixed by the released weights: the gate of the MLP is a GELU in layer 0 and the
 identity after it; the three rows of a channel in a Hyena projection are neighbours; RMSNorm adds its epsilon outside
-the root. The mixers are in ``hyena`` and ``attention``.
+the root. The mixers are in ``mixer`` and ``attention``.
 
 A model may be cast to bf16; HCL's poles and residues, the factors of the training form and the rotary frequencies then
 stay in fp32 (``fp32_names``).
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from cistron.errors import InputError
 from cistron.models.base import Objective, SequenceModel
-from cistron.models.evo2 import attention, hyena
+from cistron.models.evo2 import attention, hyena, mixer
 from cistron.models.evo2.blocks import Block, RmsNorm
 from cistron.models.evo2.cache import Cache
 from cistron.models.evo2.config import ATTENTION, HCL, HCM, HCS, Evo2Config
@@ -104,7 +104,7 @@ class Evo2(SequenceModel):
         layers = [
             attention.empty_state(self.config, batch_size, like, reserve=reserve)
             if symbol == ATTENTION
-            else hyena.empty_state(self.config, symbol, batch_size, like)
+            else mixer.empty_state(self.config, symbol, batch_size, like)
             for symbol in self.config.layer_pattern
         ]
         return Cache(lengths=torch.zeros(batch_size, dtype=torch.int64, device=self.device), layers=layers)

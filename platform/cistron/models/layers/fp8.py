@@ -64,11 +64,19 @@ class Fp8Projection(Linear):
         self._rounded: _RoundedWeight | None = None
         self._engine: TransformerEngine | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [..., K] to [..., N]."""
-        if self.path is None:
+    def forward(self, x: torch.Tensor, *, by_channel: bool = False) -> torch.Tensor:
+        """Map [..., K] to [..., N].
+
+        Args:
+            x: the input.
+            by_channel: let the result lie in memory channel by channel, tokens of one channel side by side; the FP8
+                paths have their own order and disregard it.
+        """
+        if self.path is None and not by_channel:
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)
+        if self.path is None:
+            return (self.weight @ rows.T).T.view(*x.shape[:-1], self.out_features)
         product: torch.Tensor = _InferenceOnly.apply(rows, self.weight, self._multiply)  # type: ignore[no-untyped-call]
         return product.view(*x.shape[:-1], self.out_features)
 
