@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, get_args
+from typing import get_args
 
 import torch
 
@@ -11,10 +11,7 @@ from cistron_kernels.dispatch import takes_triton
 from cistron_kernels.hyena_fir import reference
 from cistron_kernels.hyena_fir.reference import TapOrder
 
-__all__ = ["ROW_ALIGNMENT", "TapOrder", "gated_fir", "hyena_fir"]
-
-ROW_ALIGNMENT: Final = 16
-"""Rows of so many tokens, or of a multiple, are read where they lie; the kernels copy others first."""
+__all__ = ["TapOrder", "gated_fir", "hyena_fir"]
 
 _MOST_TAPS, _MOST_PROJECTION_TAPS = 129, 3
 """What the kernels' tiles reach; PyTorch takes longer filters."""
@@ -69,9 +66,8 @@ def gated_fir(
     """Compute ``post_gate * fir(pre_gate * value)`` from a Hyena projection, whose own short filter runs before.
 
     Args:
-        projected: [B, 3D, L], L >= 1, of any strides; fast where tokens are neighbours and L is a
-            multiple of `ROW_ALIGNMENT`. The
-            rows of a channel are neighbours: post-gate, pre-gate, value.
+        projected: [B, 3D, L], L >= 1, of any strides; fast where tokens are neighbours and L is a multiple of
+            `rows.ROW_ALIGNMENT`. The rows of a channel are neighbours: post-gate, pre-gate, value.
         projection_taps: [3D, P], the current token's tap last.
         taps: [G, K]; group g filters the channels g * D/G up to (g+1) * D/G.
         order: place of the current token's tap in `taps`: last (`correlation`) or first (`impulse`).

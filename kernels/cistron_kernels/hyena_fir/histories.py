@@ -9,30 +9,7 @@ import torch
 from torch.nn import functional
 
 from cistron_kernels.hyena_fir.reference import split_projection
-
-
-def last_inputs(
-    x: torch.Tensor, history: torch.Tensor | None, lengths: torch.Tensor | None, count: int
-) -> torch.Tensor:
-    """Return the inputs [B, C, count] up to each row's own last real token, `history` and then zeros before them.
-
-    Args:
-        x: [B, C, L].
-        history: [B, C, N], the inputs before `x`.
-        lengths: [B], real tokens of each row; none means L.
-        count: how many.
-    """
-    batch, channels, length = x.shape
-    if lengths is None and length >= count:
-        return x[..., length - count :].clone()
-    past = x.new_zeros(batch, channels, count)
-    if history is not None and (known := min(count, history.shape[-1])):
-        past = torch.cat([past[..., known:], history[..., history.shape[-1] - known :].to(x.dtype)], dim=-1)
-    if lengths is None:
-        return torch.cat([past[..., length:], x], dim=-1)
-    index = (lengths[:, None] + torch.arange(-count, 0, device=x.device))[:, None].expand(-1, channels, -1)
-    before = past.gather(-1, (index + count).clamp(max=count - 1))
-    return torch.where(index < 0, before, x.gather(-1, index.clamp(min=0)))
+from cistron_kernels.rows import last_inputs
 
 
 def last_gated_inputs(

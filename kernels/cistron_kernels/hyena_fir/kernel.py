@@ -11,10 +11,11 @@ from torch.nn import functional
 from cistron_kernels.hyena_fir import launching, reference
 from cistron_kernels.hyena_fir.backward import backward_kernel
 from cistron_kernels.hyena_fir.forward import forward_kernel
-from cistron_kernels.hyena_fir.histories import last_gated_inputs, last_inputs
-from cistron_kernels.hyena_fir.launching import PROJECTION_TAPS, aligned, constants, empty_rows, fits, inputs, plan
+from cistron_kernels.hyena_fir.histories import last_gated_inputs
+from cistron_kernels.hyena_fir.launching import PROJECTION_TAPS, constants, fits, inputs, plan
 from cistron_kernels.hyena_fir.reference import TapOrder, per_channel
 from cistron_kernels.launch import on_device
+from cistron_kernels.rows import aligned, empty_rows, last_inputs
 
 __all__ = ["fir", "fir_backward", "fits", "gated_fir", "hyena_fir"]
 

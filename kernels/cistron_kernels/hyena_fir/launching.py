@@ -1,4 +1,4 @@
-"""What a launch of the finite filters' kernels needs: rows that can be read fast, a grid, arguments and constants."""
+"""What a launch of the finite filters' kernels needs: a grid, arguments and constants."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 import triton
 from torch import Tensor
 
-from cistron_kernels.hyena_fir import ROW_ALIGNMENT
 from cistron_kernels.launch import num_multiprocessors, operand_dtype
 
 TOKENS = 64
@@ -31,26 +30,6 @@ def fits(x: Tensor) -> bool:
         return True
     shared: int = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", 0)
     return shared >= _FP32_SHARED
-
-
-def aligned(x: Tensor) -> Tensor:
-    """Return x [B, C, L], or a copy of it that ends in zeros, with rows that can be read 16 bytes at a time."""
-    length = x.shape[2]
-    if x.stride(2) == 1 and not any(size % ROW_ALIGNMENT for size in (length, x.stride(0), x.stride(1))):
-        return x
-    copy = empty_rows(x, x.shape[1])
-    copy[..., length:] = 0
-    copy[..., :length] = x
-    return copy
-
-
-def empty_rows(x: Tensor, channels: int) -> Tensor:
-    """Return [B, channels, L] to be filled, for x [B, C, L] and the next aligned L.
-
-    Channels are outermost: a matrix product over all B L tokens takes and gives this without a copy.
-    """
-    length = -(-x.shape[2] // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    return x.new_empty(channels, x.shape[0], length).transpose(0, 1)
 
 
 def plan(x: Tensor, channels: int, groups: int, rows: int, waves: int) -> tuple[tuple[int, int], dict[str, int]]:

@@ -7,7 +7,9 @@ import torch
 from cistron_kernels.checks import check_floating, check_same_device, refuse
 from cistron_kernels.dispatch import takes_triton
 from cistron_kernels.hyena_fir import hyena_fir
+from cistron_kernels.hyena_fir.reference import split_projection
 from cistron_kernels.modal_scan import reference
+from cistron_kernels.rows import last_inputs
 
 __all__ = ["gated_modal_scan", "modal_scan"]
 
@@ -25,7 +27,7 @@ def modal_scan(
 
     Args:
         x: [B, H, L], L >= 1; kernels copy it unless neighbouring tokens are neighbours in memory, and L and the other
-            strides are multiples of `hyena_fir.ROW_ALIGNMENT`.
+            strides are multiples of `rows.ROW_ALIGNMENT`.
         log_poles: [H, S], real and negative.
         residues: [H, S].
         state: [B, H, S] after the token before `x`; none means zeros.
@@ -104,11 +106,11 @@ def gated_modal_scan(
         if kernel.fuses(projected, projection_taps):
             arguments = log_poles, residues, state, lengths, projection_taps, skip, projection_history
             y, final, *_ = kernel.modal_scan(projected, *arguments)
-            return y, reference.last_inputs(projected, projection_history, lengths, past[-1]), final
+            return y, last_inputs(projected, projection_history, lengths, past[-1]), final
     filtered, history = hyena_fir(
         projected, projection_taps, order="correlation", history=projection_history, lengths=lengths
     )
-    post_gate, pre_gate, value = filtered.view(len(projected), channels, 3, -1).unbind(2)
+    post_gate, pre_gate, value = split_projection(filtered)
     x = pre_gate * value
     y, final = modal_scan(x, log_poles, residues, state=state, lengths=lengths)
     return post_gate * (y + skip.to(x.dtype)[:, None] * x), history, final

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cistron_kernels.hyena_fir import ROW_ALIGNMENT
 from cistron_kernels.launch import on_device, operand_dtype
 from cistron_kernels.modal_scan.backward import backward_kernel
 from cistron_kernels.modal_scan.forward import forward_kernel
+from cistron_kernels.rows import aligned, empty_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def modal_scan_backward(
     if grad_y.numel():
         with on_device(x):
             backward_kernel[(grad_y.shape[0] * grad_y.shape[1],)](
-                **options, carry_ptr=carried, **_placed("grad_y", _aligned(grad_y)), **_placed("grad_x", grads["x"]),
+                **options, carry_ptr=carried, **_placed("grad_y", aligned(grad_y)), **_placed("grad_x", grads["x"]),
                 grad_final_ptr=x if grad_final is None else grad_final.contiguous(), FINAL=grad_final is not None,
                 **{f"grad_{name}_ptr": grad for name, grad in grads.items() if name != "x"},
                 KEEP=tile.rows * tile.chunk, **_constants(x, tile),
@@ -115,7 +115,7 @@ def _options(
     history: Tensor | None,
 ) -> dict[str, Any]:
     """Return what both kernels take; x stands for absent tensors, which none reads."""
-    real, x = x.shape[2], _aligned(x)
+    real, x = x.shape[2], aligned(x)
     return {
         **_placed("x", x),
         "history_ptr": x if history is None else history.to(x.dtype).contiguous(),
@@ -140,25 +140,6 @@ def _placed(name: str, x: Tensor) -> dict[str, Any]:
     return {f"{name}_ptr": x, f"{name}_batch_stride": x.stride(0), f"{name}_row_stride": x.stride(1)}
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Return x [B, C, L], or a copy that ends in zeros, with rows that can be read 16 bytes at a time."""
-    whole = not any(size % ROW_ALIGNMENT for size in (x.shape[2], x.stride(0), x.stride(1), x.data_ptr()))
-    if x.stride(2) == 1 and whole:
-        return x
-    copy = _rows(x, *x.shape)
-    copy[..., x.shape[2] :] = 0
-    copy[..., : x.shape[2]] = x
-    return copy
-
-
-def _rows(like: Tensor, batch: int, channels: int, length: int) -> Tensor:
-    """Return room for [B, C, L] with L rounded up to whole vectors.
-
-    Channels are outermost in memory: so the matrix products around take and give all B L tokens of one.
-    """
-    return like.new_empty(channels, batch, -(-length // ROW_ALIGNMENT) * ROW_ALIGNMENT).transpose(0, 1)
-
-
 def _tiles(x: Tensor) -> tuple[Tile, Tile]:
     """Return the tiles of the forward and the backward kernel."""
     if not x.is_cuda:
@@ -180,7 +161,7 @@ def _empty_outputs(x: Tensor, log_poles: Tensor) -> tuple[Tensor, Tensor, Tensor
     tile = _tiles(x)[1]
     carried = -(-length // (tile.rows * tile.chunk))
     return (
-        _rows(x, batch, channels, length)[..., :length],
+        empty_rows(x, channels)[..., :length],
         x.new_empty(batch, channels, poles, dtype=torch.float32),
         x.new_empty(batch, channels, poles, dtype=torch.float32),
         x.new_empty(batch, channels, carried, poles, dtype=torch.float32),
@@ -193,7 +174,7 @@ def _empty_gradients(x: Tensor, log_poles: Tensor, taps: Tensor | None, history:
     shapes = dict.fromkeys(("log_poles", "residues", "state"), (channels, poles))
     shapes |= {"taps": (channels * gated, 9), "skip": (channels * gated, 1)}
     return {
-        "x": _rows(x, *x.shape)[..., : x.shape[2]],
+        "x": empty_rows(x, x.shape[1])[..., : x.shape[2]],
         **{name: x.new_empty(batch, *shape, dtype=torch.float32) for name, shape in shapes.items()},
         "history": x.new_empty((0,) if history is None else history.shape),
     }

@@ -45,29 +45,6 @@ def modal_scan(
         return y, _final_state(x, reached.transpose(0, 1), log_poles, to_state, lengths)
 
 
-def last_inputs(
-    x: torch.Tensor, history: torch.Tensor | None, lengths: torch.Tensor | None, count: int
-) -> torch.Tensor:
-    """Return the `count` inputs up to each row's last real token, as a copy that frees x [B, C, L].
-
-    Args:
-        x: [B, C, L].
-        history: [B, C, count], the inputs before; none means zeros.
-        lengths: [B], real tokens of each row; none means L.
-        count: how many.
-    """
-    length = x.shape[-1]
-    if lengths is None and length >= count:
-        return x[..., length - count :].clone()
-    past = x.new_zeros(*x.shape[:2], count) if history is None else history.to(x.dtype)
-    if lengths is None:
-        return torch.cat([past[..., length:], x], dim=-1)
-    index = (lengths[:, None] - count + torch.arange(count, device=x.device))[:, None].expand(-1, x.shape[1], -1)
-    return torch.where(
-        index < 0, past.gather(-1, (index + count).clamp(max=count - 1)), x.gather(-1, index.clamp(min=0))
-    )
-
-
 def _toeplitz(taps: torch.Tensor) -> torch.Tensor:
     """Return [H, C, C] with ``taps[j - i]`` at row i and column j, zero below the diagonal."""
     size = taps.shape[-1]

@@ -14,7 +14,7 @@ from cistron.models.evo2.layout import Layout
 from cistron.models.layers.fp8 import Fp8Projection
 from cistron.models.layers.linear import Linear
 from cistron_kernels.dispatch import takes_triton
-from cistron_kernels.hyena_fir import ROW_ALIGNMENT
+from cistron_kernels.rows import ROW_ALIGNMENT
 
 
 class HyenaMixer(nn.Module):
