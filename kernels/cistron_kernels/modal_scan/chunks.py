@@ -56,11 +56,10 @@ class ChunkedScan(torch.autograd.Function):
         states_of = _BlockStates(x, toeplitz, initial)
         for block in _channel_blocks(x):
             rows = _rows(x[:, block], toeplitz)
-            states = states_of(rows, to_state[block], log_decay[block], initial[block])
+            before, reached[block] = states_of(rows, to_state[block], log_decay[block], initial[block], whole)
             out = y[block].flatten(1, 2)
             torch.bmm(rows, toeplitz[block], out=out)
-            out.baddbmm_(states[:, :, :-1].flatten(1, 2), from_state[block])
-            reached[block] = states[:, torch.arange(batch, device=x.device), whole]
+            out.baddbmm_(before, from_state[block])
         return y, reached
 
     @staticmethod
@@ -74,10 +73,10 @@ class ChunkedScan(torch.autograd.Function):
         states_of = _BlockStates(x, toeplitz, initial)
         for block in _channel_blocks(x):
             rows, grad_rows = _rows(x[:, block], toeplitz), grad_y[block].flatten(1, 2)
-            states = states_of(rows, to_state[block], log_decay[block], initial[block])
-            direct = torch.bmm(grad_rows, from_state[block].mT).view_as(states[:, :, 1:])
+            before, _ = states_of(rows, to_state[block], log_decay[block], initial[block], whole)
+            direct = torch.bmm(grad_rows, from_state[block].mT).view(len(rows), *grad_y.shape[1:3], -1)
             adjoint = _adjoint(direct, grad_reached[block], whole, log_decay[block])
-            before, after = states[:, :, :-1].flatten(1, 2), adjoint[:, :, 1:].flatten(1, 2)
+            after = adjoint[:, :, 1:].flatten(1, 2)
             out = grad_x[block].flatten(1, 2)
             torch.bmm(grad_rows, toeplitz[block].mT, out=out)
             out.baddbmm_(after, to_state[block].mT)
@@ -95,17 +94,32 @@ class _BlockStates:
 
     def __init__(self, x: torch.Tensor, toeplitz: torch.Tensor, initial: torch.Tensor) -> None:
         _, batch, poles = initial.shape
-        num_chunks = -(-x.shape[-1] // toeplitz.shape[-1])
-        self._updates = _new((_block_size(x), batch, num_chunks, poles), toeplitz)
-        self._states = _new((_block_size(x), batch, num_chunks + 1, poles), toeplitz)
+        self._shape = batch, -(-x.shape[-1] // toeplitz.shape[-1]), poles
+        # One state more than chunks: shifted by that one, the states after all chunks are those before them.
+        self._memory = _new((_block_size(x) * math.prod(self._shape[:2]) + 1, poles), toeplitz)
 
     def __call__(
-        self, rows: torch.Tensor, to_state: torch.Tensor, log_decay: torch.Tensor, initial: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the states [h, B, n+1, S] around the chunks in rows [h, R, C]; the next call overwrites them."""
-        updates, states = self._updates[: len(rows)], self._states[: len(rows)]
-        torch.bmm(rows, to_state, out=updates.flatten(1, 2))
-        return solve_recurrence(updates, log_decay, initial, out=states)
+        self,
+        rows: torch.Tensor,
+        to_state: torch.Tensor,
+        log_decay: torch.Tensor,
+        initial: torch.Tensor,
+        whole: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the states [h, R, S] before the chunks in rows [h, R, C], which the next call overwrites.
+
+        The second tensor [h, B, S] has the states after `whole` [B] chunks.
+        """
+        count = len(rows) * rows.shape[1]
+        after = self._memory[1 : count + 1].view(len(rows), *self._shape)
+        torch.bmm(rows, to_state, out=after.flatten(1, 2))
+        after[:, :, 0].addcmul_(log_decay.exp()[:, None], initial)
+        accumulate(after, log_decay)
+        reached = after[:, torch.arange(len(whole), device=rows.device), (whole - 1).clamp(min=0)]
+        reached = torch.where(whole[:, None] > 0, reached, initial)
+        before = self._memory[:count].view(len(rows), *self._shape)
+        before[:, :, 0] = initial
+        return before.flatten(1, 2), reached
 
 
 def _channel_blocks(x: torch.Tensor) -> Iterator[slice]:
@@ -150,38 +164,28 @@ def _adjoint(
     direct = functional.pad(direct, (0, 0, 0, 1))
     direct[:, torch.arange(len(whole), device=whole.device), whole] += grad_reached
     backwards = direct.flip(2)
-    adjoint = solve_recurrence(backwards[:, :, 1:], log_decay, backwards[:, :, 0], out=torch.empty_like(backwards))
-    return adjoint.flip(2)
+    accumulate(backwards, log_decay)
+    return backwards.flip(2)
 
 
-def solve_recurrence(
-    updates: torch.Tensor, log_decay: torch.Tensor, initial: torch.Tensor, *, out: torch.Tensor
-) -> torch.Tensor:
-    """Solve ``out[i + 1] = exp(log_decay) * out[i] + updates[i]`` from ``out[0] = initial``.
-
-    Args:
-        updates: [h, B, n, S]; overwritten.
-        log_decay: [h, S].
-        initial: [h, B, S].
-        out: [h, B, n+1, S].
-
-    Returns:
-        `out`.
-    """
-    out[:, :, 0] = initial
-    doublings = 2 ** torch.arange(updates.shape[2].bit_length(), device=updates.device)
-    _advance_by_pairs(out, updates, (doublings[:, None, None] * log_decay).exp()[..., None, None, :])
-    return out
-
-
-def _advance_by_pairs(states: torch.Tensor, updates: torch.Tensor, decays: torch.Tensor) -> None:
-    """Fill ``states[1:]``: every other one by the recurrence over pairs of steps, the rest by one step from those.
+def accumulate(updates: torch.Tensor, log_decay: torch.Tensor) -> None:
+    """Add to every update [h, B, n, S] the decayed ones before it, in place: ``u[i] += exp(log_decay) * u[i - 1]``.
 
     Each update meets log2(n) powers, rounded once each; n steps in turn would repeat the rounding of one power n times,
-    which a pole that survives thousands of chunks shows in fp32. `decays` are those of 1, 2, 4, ... steps.
+    which a pole that survives thousands of chunks shows in fp32.
+    """
+    doublings = 2 ** torch.arange(updates.shape[2].bit_length(), device=updates.device)
+    _accumulate_by_pairs(updates, (doublings[:, None, None] * log_decay).exp()[..., None, None, :])
+
+
+def _accumulate_by_pairs(updates: torch.Tensor, decays: torch.Tensor) -> None:
+    """Do so for every other one by the recurrence over pairs of steps, and for the rest by one step from those.
+
+    `decays` are those of 1, 2, 4, ... steps.
     """
     steps = updates.shape[2]
     if steps > 1:
-        pairs = updates[:, :, 1::2].addcmul_(decays[0], updates[:, :, : steps - 1 : 2])
-        _advance_by_pairs(states[:, :, ::2], pairs, decays[1:])
-    torch.addcmul(updates[:, :, ::2], decays[0], states[:, :, :steps:2], out=states[:, :, 1::2])
+        pairs = updates[:, :, 1::2]
+        pairs.addcmul_(decays[0], updates[:, :, : steps - 1 : 2])
+        _accumulate_by_pairs(pairs, decays[1:])
+        updates[:, :, 2::2].addcmul_(decays[0], updates[:, :, 1 : steps - 1 : 2])
