@@ -13,6 +13,7 @@ from benchmarks.timing import write_record
 BENCHMARKS = (
     "contact_memory",
     "decode",
+    "embed_job",
     "esm2_throughput",
     "exactness",
     "long_convolution",

@@ -89,7 +89,8 @@ def _learn(recipe: Recipe, folder: Path, steps: int, timings: dict[str, float]) 
         pretrain.run(resolve(PretrainConfig, recipe.pretrain(corpus, folder, steps)))
     with _timed(timings, f"evaluate {recipe.name}"):
         settings = {"model": str(folder / "export"), "data": str(corpus), "max_length": recipe.data["max_length"]}
-        settings["seed"] = 0  # The one of the run's own held-out losses: the baselines are drawn beside those.
+        # As the run's own held-out losses were measured: the baselines are drawn beside those.
+        settings |= {"seed": 0, "protocol": "hidden"}
         return evaluate.run(resolve(evaluate.EvaluateConfig, settings))["loss"]
 
 

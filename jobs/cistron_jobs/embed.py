@@ -33,7 +33,9 @@ class EmbedConfig(RecordJobConfig):
 
 
 def run(config: EmbedConfig) -> str:
-    """Embed every record into columns name, num_tokens and one per layer, by its full name; return the output.
+    """Embed every record into columns record, name, num_tokens and one per layer; return the output.
+
+    A layer's column has its full name.
 
     Raises:
         CistronError: an input that cannot be used; no output is left behind.

@@ -52,15 +52,17 @@ class EvaluateConfig(Config):
     """JSON file for the result."""
     split: str = "valid"
     """Split to score; baselines are fitted on `train`."""
-    protocol: MaskProtocol = "hidden"
-    """perplexity of ESM-2. hidden: only residues behind <mask> count. published: all selected residues do, also those
-    left visible or replaced, by any of the 33 tokens; compare that with published perplexities."""
+    protocol: MaskProtocol | None = None
+    """perplexity of ESM-2; published unless given. published: all selected residues count, also those left visible or
+    replaced, by any of the 33 tokens; compare that with published perplexities. hidden: only residues behind <mask> do,
+    as in the held-out losses of a training run."""
     max_length: int | None = Field(default=None, ge=2)
     """Longest document, nt or residues; the model's training length if not given."""
     max_samples: int | None = Field(default=None, gt=0)
     """Most documents to score; the whole split if not given."""
-    baseline_samples: int | None = Field(default=None, gt=0)
-    """Most training documents that baselines are fitted on; the whole split if not given."""
+    baseline_samples: int | None = Field(default=10_000, gt=0)
+    """Most training documents that baselines are fitted on, which takes a minute or two if they are of 16,384 nt; null
+    takes the whole split."""
     order: int = Field(default=5, ge=0, le=12)
     """Bases of context of the Markov baseline for DNA."""
     window: int | None = Field(default=None, ge=2)
@@ -129,6 +131,8 @@ def _perplexity(config: EvaluateConfig) -> tuple[dict[str, Any], str]:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(config.model, device=device, precision=config.precision)
     length: int = config.max_length or model.config.max_length  # type: ignore[attr-defined]  # both families have it
+    # Of a DNA model every base counts, which "hidden" means too: there is nothing that masks leave visible.
+    protocol = config.protocol or ("published" if model.objective == "masked" else "hidden")
     plans = {
         split: open_plan(
             config.data,
@@ -136,18 +140,18 @@ def _perplexity(config: EvaluateConfig) -> tuple[dict[str, Any], str]:
             objective=model.objective,
             max_length=length,
             seed=config.seed,
-            protocol=config.protocol,
+            protocol=protocol,
         )
         for split in (config.split, "train")
     }
-    samples = read_samples(plans[config.split], config.max_samples, protocol=config.protocol)
+    samples = read_samples(plans[config.split], config.max_samples, protocol=protocol)
     scored = score_samples(model, samples, token_budget=config.token_budget)
     baselines = baseline_losses(plans["train"], samples, max_samples=config.baseline_samples, order=config.order)
     losses = {"model": scored.loss, **baselines}
     result = {
         "benchmark": config.benchmark,
         "settings": config.model_dump(mode="json"),
-        "protocol": config.protocol if model.objective == "masked" else None,
+        "protocol": protocol if model.objective == "masked" else None,
         "num_samples": scored.num_samples,
         "num_tokens": scored.num_tokens,
         "loss": losses,

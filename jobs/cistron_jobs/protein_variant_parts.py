@@ -22,7 +22,7 @@ from cistron_jobs.inference_job import checked_records
 from cistron_jobs.model_config import model_shell
 
 _COLUMNS: Final = (
-    Column("variant", pa.string(), also="mutant"),
+    Column("variant", pa.string(), also="mutant", blank=True),  # An empty cell is a variant that cannot be read.
     Column("protein", pa.string(), optional=True),
 )
 _RESIDUES: Final = pa.dictionary(pa.int32(), pa.large_string())
@@ -74,11 +74,11 @@ class ProteinVariantsConfig(BulkConfig):
 
 
 class _Row(NamedTuple):
-    """A row of the input; `wild_type` is None if the reference has no such protein."""
+    """A row of the input; `variant` is None in an empty cell, `wild_type` if the reference has no such protein."""
 
     record: int
     protein: str
-    variant: str
+    variant: str | None
     wild_type: str | None
 
 
@@ -124,10 +124,12 @@ def range_parts(config: ProteinVariantsConfig) -> Iterator[pa.Table]:
         yield _table(part, _RANGES)
 
 
-def variant_problem(variant: str, wild_type: str | None) -> tuple[str, str] | None:
+def variant_problem(variant: str | None, wild_type: str | None) -> tuple[str, str] | None:
     """Return the status and the reason of a variant that has no score."""
     if wild_type is None:
         return "unknown_protein", "the reference has no protein of that name"
+    if variant is None:
+        return "malformed", "the cell is empty; write a variant as 'A23T' or 'p.Ala23Thr'"
     found = find_substitutions(variant, wild_type)
     return (found.status, found.message) if isinstance(found, VariantProblem) else None
 
@@ -140,7 +142,7 @@ def _rows(config: ProteinVariantsConfig) -> Iterator[_Row]:
         name = _only_name(config, proteins, record) if protein is None else protein
         row = _Row(record, name, variant, proteins.get(name))
         if config.on_mismatch == "error" and (problem := variant_problem(variant, row.wild_type)):
-            place = f"{config.input}, row {record + 1} ({name} {variant!r})"
+            place = f"{config.input}, row {record + 1} ({name} {variant or ''!r})"
             guess = nearest(name, proteins) if row.wild_type is None else ""
             raise InputError(f"{place}: {problem[1]}{guess} ({problem[0]}; on_mismatch=report goes on)")
         yield row
@@ -181,7 +183,9 @@ def _window(config: ProteinVariantsConfig) -> int:
 
 def _passes(row: _Row, strategy: ProteinStrategy) -> set[tuple[str, int | str]]:
     """Return what is read of the protein for a variant: the same for variants that share it."""
-    found = () if row.wild_type is None else find_substitutions(row.variant, row.wild_type)
+    if row.wild_type is None or row.variant is None:
+        return set()
+    found = find_substitutions(row.variant, row.wild_type)
     if isinstance(found, VariantProblem) or not found:
         return set()
     if strategy == "wt-marginal":

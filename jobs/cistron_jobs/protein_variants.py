@@ -102,7 +102,7 @@ def _log_statuses(output: str) -> None:
         for batch in file.iter_batches(columns=["protein", "variant", "status", "detail"]):
             for row in batch.to_pylist():
                 counts[row["status"]] += 1
-                examples.setdefault(row["status"], f"{row['protein']} {row['variant']}: {row['detail']}")
+                examples.setdefault(row["status"], f"{row['protein']} {row['variant'] or '(empty)'}: {row['detail']}")
     total, scored = counts.total(), counts.pop(SCORED, 0)
     level = logging.INFO if scored == total else logging.WARNING
     logger.log(level, "protein_variants: %s of %s variants scored", f"{scored:,}", f"{total:,}")

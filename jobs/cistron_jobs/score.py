@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from cistron.alphabets import MASK, TAG_DELIMITER
 from cistron.errors import SequenceError
@@ -31,9 +31,15 @@ class ScoreConfig(RecordJobConfig):
     window: PositiveInt | None = None
     """Proteins: residues around a masked one that the model sees; as many as it saw in training (1022) unless given."""
 
+    @model_validator(mode="after")
+    def _check_strands(self) -> ScoreConfig:
+        if self.reverse_complement and self.reduction == "none":
+            raise ValueError("reduction none has a score per token, and reverse_complement averages whole strands")
+        return self
+
 
 def run(config: ScoreConfig) -> str:
-    """Score every record into columns name, score and num_tokens; return the output.
+    """Score every record into columns record, name, score and num_tokens; return the output.
 
     A column pseudo_perplexity follows for proteins, exp(-score per residue), and per_token with reduction none.
 

@@ -7,7 +7,6 @@ checked against the numbers that its publishers' tests expect, as far as its nam
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,18 +16,9 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from cistron.alphabets import reverse_complement
 from cistron.errors import CapabilityError, InputError
 from cistron.evaluation.exactness import Check, exactness_battery
-from cistron.evaluation.published import (
-    LAC_OPERON_TOLERANCE,
-    PUBLISHED,
-    Published,
-    compared,
-    published_checks,
-    read_published_prompts,
-    teacher_forced,
-)
+from cistron.evaluation.published import PUBLISHED, published_checks
 from cistron.io import storage
 from cistron.io.fasta import read_fasta
 from cistron.models.base import SequenceModel
@@ -36,24 +26,7 @@ from cistron.models.evo2.model import Evo2
 from cistron.models.registry import get_spec, list_models
 from cistron_jobs.model_config import ModelJobConfig, open_model
 
-_GENOME: Final = Path(__file__).parent / "sample_data" / "ecoli_k12.fna.gz"
-# The operon's first published sequence, which the prompt is, differs in ten places from the genome of K-12.
-_LAC_OPERON: Final[tuple[tuple[int, int] | str, ...]] = (
-    (360_417, 360_469),
-    (360_470, 360_864),
-    (360_866, 361_896),
-    (361_897, 361_899),
-    (361_900, 363_032),
-    (363_033, 365_732),
-    "A",
-    (365_733, 365_993),
-    "T",
-    (365_994, 366_083),
-    (366_192, 366_653),
-    "G",
-    (366_654, 367_588),
-)
-"""Stretches of the packaged genome (from, to; counted from 0) and single bases; the operon is on the minus strand."""
+_PROMPTS: Final = Path(__file__).parent / "sample_data" / "evo2_prompts.fna.gz"
 
 
 class SelftestConfig(ModelJobConfig):
@@ -61,8 +34,6 @@ class SelftestConfig(ModelJobConfig):
 
     name: str | None = None
     """Registry name of the published checkpoint that this is; known already when `model` is such a name."""
-    prompts: str | None = None
-    """The published package's file evo2/test/data/prompts.csv; without it, the checks that need it are skipped."""
     length: int = Field(default=1100, ge=2)
     """Tokens of the sequence that is run in chunks and step by step."""
     seed: int = Field(default=0, ge=0)
@@ -89,17 +60,16 @@ def run(config: SelftestConfig) -> Report:
 
     Raises:
         CapabilityError: a check failed; the summary is written all the same.
-        CistronError: the model, its name or the prompts cannot be used.
+        CistronError: the model or its name cannot be used.
     """
     name = _published_name(config)
-    prompts = None if config.prompts is None else read_published_prompts(config.prompts)
     model = open_model(config)
-    if not isinstance(model, Evo2) and (config.name or config.prompts):
-        raise InputError(f"name and prompts: published numbers are known for Evo 2, and this is {model.family}")
+    if config.name is not None:
+        _check_name(config.name, model)
     report = Report()
     report.checks += exactness_battery(model, length=config.length, seed=config.seed)
     if isinstance(model, Evo2):
-        _check_published(report, model, name, prompts)
+        _check_published(report, model, name)
     folder = config.run_dir or f"runs/selftest-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     summary = storage.join(folder, "summary.json")
     storage.write_text(summary, json.dumps(_summary(config, name, model, report), indent=2) + "\n")
@@ -111,11 +81,9 @@ def run(config: SelftestConfig) -> Report:
     return report
 
 
-def lac_operon() -> str:
-    """Return the lac operon as first sequenced, from the packaged genome."""
-    genome = next(iter(read_fasta(str(_GENOME)))).sequence
-    pieces = (piece if isinstance(piece, str) else genome[slice(*piece)] for piece in _LAC_OPERON)
-    return reverse_complement("".join(pieces))
+def published_prompts() -> dict[str, str]:
+    """Return the packaged prompts by name: those of the published packages' own tests."""
+    return {record.name: record.sequence for record in read_fasta(str(_PROMPTS))}
 
 
 def _published_name(config: SelftestConfig) -> str | None:
@@ -125,31 +93,22 @@ def _published_name(config: SelftestConfig) -> str | None:
     return config.model if config.model in list_models() else None
 
 
-def _check_published(report: Report, model: Evo2, name: str | None, prompts: list[str] | None) -> None:
+def _check_name(name: str, model: SequenceModel) -> None:
+    """Refuse a model that cannot be the published one of that name."""
+    if not isinstance(model, Evo2):
+        raise InputError(f"name: published numbers are known for Evo 2, and this is {model.family}")
+    get_spec(name).check_size(model.config, source="the model")
+
+
+def _check_published(report: Report, model: Evo2, name: str | None) -> None:
     """Add the comparisons with published numbers, or why they are skipped."""
     everything = "published loss, accuracy and identity"
     if name is None:
         report.skipped[everything] = "name=... does not say which published checkpoint this is"
-        return
-    expected = PUBLISHED.get(name)
-    if expected is None:
+    elif (expected := PUBLISHED.get(name)) is None:
         report.skipped[everything] = f"no numbers are published for {name} (for: {', '.join(PUBLISHED)})"
-        return
-    report.checks += _lac_operon_checks(model, expected)
-    if expected.lac_operon_accuracy is None:
-        report.skipped["accuracy on the packaged lac operon"] = f"none is published for {name}"
-    if prompts is None:
-        report.skipped[everything] = "prompts=... does not name the published package's prompts.csv"
     else:
-        report.checks += published_checks(model, expected, prompts)
-
-
-def _lac_operon_checks(model: Evo2, expected: Published) -> Iterator[Check]:
-    """Yield the check on the one published prompt that is packaged."""
-    if expected.lac_operon_accuracy is not None:
-        accuracy = teacher_forced(model, lac_operon())[1]
-        tolerance = LAC_OPERON_TOLERANCE * expected.lac_operon_accuracy
-        yield compared("accuracy on the packaged lac operon, %", accuracy, expected.lac_operon_accuracy, tolerance)
+        report.checks += published_checks(model, expected, published_prompts())
 
 
 def _summary(config: SelftestConfig, name: str | None, model: SequenceModel, report: Report) -> dict[str, Any]:

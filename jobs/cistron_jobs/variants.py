@@ -69,8 +69,8 @@ class VariantsConfig(BulkConfig):
     window: int | None = Field(default=None, ge=2)
     """Nucleotides of context, centred on pos and cut at the contig's ends; 8192, or the model's limit if that is lower,
     if not given."""
-    reverse_complement: bool = True
-    """Average the scores of both strands, which takes twice the time."""
+    reverse_complement: bool = False
+    """Average the scores of both strands, which takes twice the time; published ones are of the given strand."""
     on_mismatch: Literal["report", "error"] = "report"
     """A variant that disagrees with the reference (another reference allele, an unknown contig, a position beyond it):
     report gives it a status and no score, error stops before anything is computed."""

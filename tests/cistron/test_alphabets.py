@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+from importlib.resources import files
+
 import pytest
 
-from cistron.alphabets import AMINO_ACIDS, IUPAC_NUCLEOTIDES, reverse_complement, validate_dna, validate_protein
+from cistron.alphabets import (
+    AMINO_ACIDS,
+    IUPAC_NUCLEOTIDES,
+    refuse_dna,
+    reverse_complement,
+    validate_dna,
+    validate_protein,
+)
 from cistron.errors import SequenceError
+from cistron.io.fasta import read_fasta
 
 
 def test_reverse_complement_is_its_own_inverse_for_every_code():
@@ -83,3 +93,20 @@ def test_validation_is_linear_on_long_input():
     validate_dna("ACGT" * 500_000 + "|d__X|")
     with pytest.raises(SequenceError, match="position 2000001"):
         validate_dna("ACGT" * 500_000 + "!")
+
+
+@pytest.mark.parametrize("code", [*"RYSWKMBDHV", "RY", "N"])
+def test_ambiguity_codes_hide_no_long_dna(code: str):
+    long = "ACGTTGCAAT" * 12
+    with pytest.raises(SequenceError, match="record 7: this looks like DNA, and the model reads proteins"):
+        refuse_dna(long[:60] + code + long[60:], name="record 7")
+    refuse_dna("ACGTTGCAGT" + "RYL" + "ACGTTGCAGTACGTAACC")
+    refuse_dna(long[:95] + "L" * 6)
+    refuse_dna("GAGAGT" * 40 + "C" + "S")
+
+
+def test_no_real_protein_is_taken_for_dna():
+    proteins = list(read_fasta(str(files("cistron_jobs") / "sample_data" / "uniprot_2k.fasta.gz")))
+    assert len(proteins) == 2000
+    for protein in proteins:
+        refuse_dna(protein.sequence, name=protein.name)

@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 
 import cistron
+from cistron.io.fasta import read_fasta
+from cistron_jobs import demo as demo_job
 from cistron_jobs.cli import main
+from cistron_jobs.demo_recipes import RECIPES
+from cistron_jobs.evaluate import EvaluateConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -76,3 +80,20 @@ def test_it_leaves_no_process(demo: tuple[Path, str, list[str]]):
 def test_an_existing_folder_is_refused(demo: tuple[Path, str, list[str]], capsys: pytest.CaptureFixture[str]):
     assert main(["demo", f"run_dir={demo[0]}"]) == 1
     assert f"run_dir: {demo[0]} exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_models_and_baselines_are_measured_as_in_training(recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the masks of the run's own held-out losses, and baselines that count all of the training split."""
+    asked: list[EvaluateConfig] = []
+    monkeypatch.setattr(demo_job.prepare_data, "run", lambda config: None)
+    monkeypatch.setattr(demo_job.pretrain, "run", lambda config: None)
+    monkeypatch.setattr(demo_job.evaluate, "run", lambda config: asked.append(config) or {"loss": {}})
+    demo_job._learn(recipe, tmp_path / recipe.name, 4, {})
+    (config,) = asked
+    assert (config.seed, config.protocol) == (0, "hidden")
+    length = recipe.data["max_length"] if recipe.corpus["alphabet"] == "dna" else None
+    records = (record for path in recipe.prepare(tmp_path)["input"] for record in read_fasta(path))
+    documents = sum(-(-len(record.sequence) // length) if length else 1 for record in records)
+    assert config.baseline_samples is not None
+    assert documents + 500 < config.baseline_samples, "rows of the corpus end inside windows, a few hundred times"

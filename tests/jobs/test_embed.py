@@ -32,7 +32,7 @@ def config(files: Path, *words: str) -> EmbedConfig:
 def test_one_column_per_layer(files: Path, records_per_part: int):
     run(config(files, "layers=[-1, 1, embedding]", f"records_per_part={records_per_part}"))
     table = pq.read_table(files / "out.parquet")
-    assert table.column_names == ["name", "num_tokens", "final_norm", "blocks.1", "embedding"]
+    assert table.column_names == ["record", "name", "num_tokens", "final_norm", "blocks.1", "embedding"]
     assert table["name"].to_pylist() == list(PROTEINS)
     assert table["num_tokens"].to_pylist() == [10, 3, 12]
     expected = cistron.embed_sequences(tiny_esm2(), list(PROTEINS.values()), layers=(-1, 1, "embedding"))
@@ -56,12 +56,25 @@ def test_long_proteins_are_read_in_windows(files: Path):
     np.testing.assert_allclose(vectors, np.stack([embedding.vectors[-1] for embedding in expected]), atol=1e-5)
 
 
-def test_records_of_one_name_each_keep_their_row(files: Path):
-    (files / "in.faa").write_text(">a\nMKTAY\n>b\nGSV\n>a\nMEEPQSD\n")
+def test_records_of_one_name_each_keep_their_row(files: Path, caplog: pytest.LogCaptureFixture):
+    (files / "in.faa").write_text(">a\nMKTAY\n>b x\nGS\nV\n>a\nMEEPQSD\n>b\nMK\n>c\nMKT\n>a\nG\n")
     run(config(files, "records_per_part=2"))
     table = pq.read_table(files / "out.parquet")
-    assert table["name"].to_pylist() == ["a", "b", "a"]
-    assert table["num_tokens"].to_pylist() == [5, 3, 7]
+    assert table["name"].to_pylist() == ["a", "b", "a", "b", "c", "a"]
+    assert table["num_tokens"].to_pylist() == [5, 3, 7, 2, 3, 1]
+    assert table["record"].to_pylist() == [0, 1, 2, 3, 4, 5]
+    (warning,) = [record.getMessage() for record in caplog.records if "name of an earlier one" in record.getMessage()]
+    assert f"embed: 3 of 6 records of {files / 'in.faa'} have the name of an earlier one" in warning
+    assert (
+        "the first: 'a' (lines 1 and 6, records 0 and 2), 'b' (lines 3 and 8, records 1 and 3), 'a' (lines 1 "
+        in warning
+    )
+
+
+def test_names_of_their_own_are_no_reason_to_warn(files: Path, caplog: pytest.LogCaptureFixture):
+    run(config(files, "records_per_part=2"))
+    assert pq.read_table(files / "out.parquet")["record"].to_pylist() == [0, 1, 2]
+    assert "earlier one" not in caplog.text
 
 
 def test_a_failure_leaves_no_output(files: Path):

@@ -5,12 +5,14 @@ import math
 
 import pytest
 from tests.cistron.data.corpora import make_corpus
+from tests.tiny_models import tiny_evo2
 
 from cistron.config import resolve
 from cistron.errors import ConfigError
 from cistron.models.checkpoint import save_checkpoint
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.model import Esm2
+from cistron_jobs import evaluate
 from cistron_jobs.evaluate import EvaluateConfig, run
 
 PROTEINS = ["MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ", "GSHMASMTGGQQMGRDLYDDDDKDRWGS", "MADEEKLPPGWEKRMSRSSGRVYYFNH"] * 4
@@ -50,8 +52,9 @@ def test_another_alphabet_is_refused(model_and_corpus, tmp_path):
 def test_the_protocol_is_printed_and_recorded(model_and_corpus, capsys):
     folder = model_and_corpus
     config = {"model": str(folder / "model"), "data": str(folder / "corpus"), "split": "train", "max_length": 30}
-    hidden = run(resolve(EvaluateConfig, config))
-    published = run(resolve(EvaluateConfig, {**config, "protocol": "published"}))
+    hidden = run(resolve(EvaluateConfig, {**config, "protocol": "hidden"}))
+    published = run(resolve(EvaluateConfig, config))
+    assert published["loss"] == run(resolve(EvaluateConfig, {**config, "protocol": "published"}))["loss"]
     printed = [line for line in capsys.readouterr().out.splitlines() if "scored tokens" in line]
     assert printed[0].endswith("protocol hidden: residues behind <mask> only; seed 42")
     assert "protocol published: all selected residues" in printed[1]
@@ -59,3 +62,26 @@ def test_the_protocol_is_printed_and_recorded(model_and_corpus, capsys):
     assert hidden["settings"]["seed"] == 42
     assert hidden["num_tokens"] < published["num_tokens"]
     assert published["perplexity"]["model"] == math.exp(published["loss"]["model"])
+
+
+def test_a_dna_model_has_no_protocol(tmp_path):
+    save_checkpoint(tiny_evo2(), tmp_path / "model")
+    make_corpus(tmp_path / "corpus", ["ACGTTGCA" * 10])
+    config = {"model": str(tmp_path / "model"), "data": str(tmp_path / "corpus"), "split": "train"}
+    assert run(resolve(EvaluateConfig, config))["protocol"] is None
+    with pytest.raises(ConfigError, match="protocol=published is of masked models"):
+        run(resolve(EvaluateConfig, {**config, "protocol": "published"}))
+
+
+@pytest.mark.parametrize(("words", "most"), [({}, 10_000), ({"baseline_samples": None}, None)])
+def test_baselines_count_a_bounded_part_of_the_training_split(model_and_corpus, monkeypatch, words, most):
+    asked = []
+
+    def counted(train, valid, *, max_samples, order):
+        asked.append(max_samples)
+        return {}
+
+    monkeypatch.setattr(evaluate, "baseline_losses", counted)
+    config = {"model": str(model_and_corpus / "model"), "data": str(model_and_corpus / "corpus"), "split": "train"}
+    run(resolve(EvaluateConfig, config | words))
+    assert asked == [most]

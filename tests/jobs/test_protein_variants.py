@@ -101,6 +101,30 @@ def test_what_cannot_be_scored_is_told(files: Path, caplog: pytest.LogCaptureFix
     assert "1 wild_type_mismatch, the first: c E1K: the wild type has M at 1, not E" in caplog.text
 
 
+@pytest.mark.parametrize("strategy", ["masked-marginal", "wt-marginal", "pseudo-ppl"])
+def test_an_empty_cell_is_a_variant_that_cannot_be_read(files: Path, caplog: pytest.LogCaptureFixture, strategy: str):
+    write_table(files / "v.tsv", [("a", "A4T"), ("b", ""), ("a", "k8r"), ("d", "")])
+    run(config(files, f"strategy={strategy}"))
+    found = rows(files)
+    assert [row["status"] for row in found] == ["scored", "malformed", "scored", "unknown_protein"]
+    assert [row["variant"] for row in found] == ["A4T", None, "k8r", None]
+    assert found[1]["detail"] == "the cell is empty; write a variant as 'A23T' or 'p.Ala23Thr'"
+    assert "malformed, the first: b (empty): the cell is empty" in caplog.text
+    assert found[2]["score"] == pytest.approx(expected_scores(strategy, [("a", "K8R")])[0], abs=1e-5)
+    with pytest.raises(
+        InputError, match=r"v.tsv, row 2 \(b ''\): the cell is empty; .* \(malformed; on_mismatch=report"
+    ):
+        run(config(files, f"strategy={strategy}", "on_mismatch=error"))
+
+
+def test_an_unknown_strategy_is_one_fault_with_one_list(files: Path):
+    with pytest.raises(ConfigError) as caught:
+        config(files, "strategy=wt-marginals")
+    assert str(caught.value) == (
+        "strategy: Input should be 'masked-marginal', 'wt-marginal' or 'pseudo-ppl' (got 'wt-marginals')"
+    )
+
+
 def test_a_run_goes_on_where_it_was_killed(files: Path, monkeypatch: pytest.MonkeyPatch):
     words = ("records_per_part=2",)
     run(config(files, *words))

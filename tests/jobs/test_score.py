@@ -37,7 +37,8 @@ def test_every_record_is_scored_in_order(files: Path, records_per_part: int):
     assert table["name"].to_pylist() == list(RECORDS)
     assert table["score"].to_pylist() == pytest.approx([score.score for score in expected], abs=1e-5)
     assert table["num_tokens"].to_pylist() == [score.num_tokens for score in expected]
-    assert table.column_names == ["name", "score", "num_tokens"]
+    assert table.column_names == ["record", "name", "score", "num_tokens"]
+    assert table["record"].to_pylist() == list(range(len(RECORDS)))
 
 
 def test_options_reach_the_model(files: Path):
@@ -67,6 +68,15 @@ def test_proteins_from_a_url_to_a_url(files: Path):
     expected = cistron.score_sequences(tiny_esm2(), ["MKTAYIA", "GSV"])
     scores = pq.read_table(files / "out.parquet")["score"].to_pylist()
     assert scores == pytest.approx([score.score for score in expected], abs=1e-5)
+
+
+def test_records_of_one_name_are_told_apart(files: Path, caplog: pytest.LogCaptureFixture):
+    (files / "in.fa").write_text(">a\nACGT\n>b\nAC\n>a\nGGGA\n")
+    run(config(files))
+    table = pq.read_table(files / "out.parquet")
+    assert (table["name"].to_pylist(), table["record"].to_pylist()) == (["a", "b", "a"], [0, 1, 2])
+    assert caplog.text.count("score: 1 of 3 records") == 1
+    assert "'a' (lines 1 and 5, records 0 and 2)" in caplog.text
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -122,3 +132,8 @@ def test_what_is_missing_is_named(files: Path, word: str, message: str):
 def test_bad_settings_fail_before_anything_is_read(files: Path, word: str, message: str):
     with pytest.raises(ConfigError, match=message):
         config(files, word)
+
+
+def test_settings_that_contradict_each_other_fail_before_anything_is_read(files: Path):
+    with pytest.raises(ConfigError, match="reduction none has a score per token"):
+        config(files, "reduction=none", "reverse_complement=true")

@@ -9,12 +9,14 @@ import torch
 from tests.tiny_models import tiny_esm2, tiny_evo2
 
 from cistron.config import parse_overrides, resolve
-from cistron.errors import InputError, UnknownNameError
+from cistron.errors import CheckpointError, InputError, UnknownNameError
 from cistron.evaluation import published
 from cistron.inference.generate import generate
+from cistron.models.base import SequenceModel
 from cistron.models.checkpoint import save_checkpoint
+from cistron.models.registry import build_model
 from cistron_jobs.cli import main
-from cistron_jobs.selftest import SelftestConfig, lac_operon, run
+from cistron_jobs.selftest import SelftestConfig, published_prompts, run
 
 
 @pytest.fixture
@@ -26,6 +28,12 @@ def checkpoint(tmp_path: Path) -> Path:
 def config(checkpoint: Path, *words: str) -> SelftestConfig:
     given = [f"model={checkpoint}", f"run_dir={checkpoint.parent / 'run'}", "length=70", *words]
     return resolve(SelftestConfig, parse_overrides(given))
+
+
+def random_model(name: str) -> SequenceModel:
+    model = build_model(name)
+    model.init_weights(seed=0)
+    return model
 
 
 def summary(checkpoint: Path) -> dict:
@@ -58,44 +66,46 @@ def test_a_protein_model_has_its_own_battery(tmp_path):
         run(config(tmp_path / "esm2", "name=evo2_7b"))
 
 
-def test_a_failed_check_is_written_and_ends_the_command_with_an_error(checkpoint, capsys):
-    # A random model is no evo2_1b_base, so what is published for that cannot come out.
-    words = [f"model={checkpoint}", f"run_dir={checkpoint.parent / 'run'}", "length=20", "name=evo2_1b_base"]
+def test_a_failed_check_is_written_and_ends_the_command_with_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(published.PUBLISHED, "evo2_tiny", published.Published(0.3, 86.0, lac_operon_accuracy=90.0))
+    save_checkpoint(random_model("evo2_tiny"), tmp_path / "evo2")
+    words = [f"model={tmp_path / 'evo2'}", f"run_dir={tmp_path / 'run'}", "length=20", "name=evo2_tiny"]
     assert main(["selftest", *words]) == 1
-    written = summary(checkpoint)
+    written = summary(tmp_path / "evo2")
     assert not written["passed"]
     failed = [check["name"] for check in written["checks"] if not check["passed"]]
-    assert failed == ["accuracy on the packaged lac operon, %"]
-    assert "checks failed: accuracy on the packaged lac operon" in capsys.readouterr().err
+    assert failed == ["loss on the four published prompts", "accuracy on them, %", "accuracy on the lac operon, %"]
+    assert "checks failed: loss on the four published prompts" in capsys.readouterr().err
 
 
-def test_names_without_published_numbers_are_told_apart(checkpoint):
-    run(config(checkpoint, "name=evo2_7b_microviridae", "length=20"))
+def test_names_without_published_numbers_are_told_apart(tmp_path, checkpoint):
+    save_checkpoint(random_model("evo2_tiny"), tmp_path / "tiny")
+    run(config(tmp_path / "tiny", "name=evo2_tiny", "length=20"))
     assert "no numbers are published" in summary(checkpoint)["skipped"]["published loss, accuracy and identity"]
     with pytest.raises(UnknownNameError, match="did you mean 'evo2_7b'"):
         run(config(checkpoint, "name=evo2-7b"))
 
 
-def test_only_the_published_prompts_are_taken(checkpoint):
-    file = checkpoint.parent / "prompts.csv"
-    file.write_text("Sequence,Name\nACGT,x\n")
-    with pytest.raises(InputError, match=r"has sha256 .* which has 371015ef"):
-        run(config(checkpoint, "name=evo2_7b", f"prompts={file}"))
+def test_a_model_of_another_size_is_refused_under_a_published_name(checkpoint):
+    with pytest.raises(CheckpointError, match=r"not evo2_40b: hidden_size is 32, of evo2_40b 8192"):
+        run(config(checkpoint, "name=evo2_40b"))
     assert not (checkpoint.parent / "run").exists()
 
 
 def test_loss_and_accuracy_are_those_of_the_plain_forward_pass():
-    model, prompts, losses, hits = tiny_evo2(), ["ACGTTGCATTGACA" * 4, "GGATCCTTAACG" * 5], [], []
-    for prompt in prompts:
+    model, losses, hits = tiny_evo2(), [], []
+    prompts = {"x": "ACGTTGCATTGACA" * 4, published.LAC_OPERON: "GGATCCTTAACG" * 5}
+    for prompt in prompts.values():
         ids = torch.tensor(list(prompt.encode()))
         with torch.no_grad():
             logits = model(ids[None]).logits[0, :-1]
         losses.append(torch.nn.functional.cross_entropy(logits, ids[1:]).item())
         hits.append((logits.argmax(-1) == ids[1:]).float().mean().item() * 100)
-    expected = published.Published(sum(losses) / 2, sum(hits) / 2)
-    loss, accuracy = published.published_checks(model, expected, prompts)
+    expected = published.Published(sum(losses) / 2, sum(hits) / 2, lac_operon_accuracy=hits[1])
+    loss, accuracy, lac_operon = published.published_checks(model, expected, prompts)
     assert loss.measured < 0.02, "bf16 numbers near 6 are 0.03 apart"
     assert accuracy.measured < 3, "one nucleotide of these is 2 per cent"
+    assert lac_operon.measured < 3
 
 
 def test_generated_identity_counts_from_the_middle():
@@ -108,6 +118,11 @@ def test_generated_identity_counts_from_the_middle():
     assert published.generated_identity(model, prompts, num_tokens=12, allowed="ACGT") == pytest.approx(100 * 20 / 24)
 
 
-def test_the_lac_operon_is_the_published_prompt():
-    digest = hashlib.sha256(lac_operon().encode()).hexdigest()
-    assert digest == "fe23adff7ab5242144c41cea922f7c70f04dad31a6681795590ff79743fbd2f3"
+def test_the_packaged_prompts_are_the_published_ones():
+    digests = {name: hashlib.sha256(prompt.encode()).hexdigest()[:12] for name, prompt in published_prompts().items()}
+    assert digests == {
+        "L1RE2": "61aaa0e7af4d",
+        published.LAC_OPERON: "fe23adff7ab5",
+        "NC_007596.2": "f014724b175f",
+        "NC_012920.1": "c24df880cda4",
+    }

@@ -66,7 +66,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("words", [(), ("records_per_part=1", "token_budget=100"), ("letters_per_part=1",)])
 def test_one_row_per_alternative_and_the_scores_in_the_vcf(files: Path, words: tuple[str, ...]):
-    assert run(config(files, f"annotated_vcf={files / 'out.vcf'}", *words)) == str(files / "out.parquet")
+    words = ("reverse_complement=true", f"annotated_vcf={files / 'out.vcf'}", *words)
+    assert run(config(files, *words)) == str(files / "out.parquet")
     found = rows(files / "out.parquet")
     variants = [("chr1", *variant) for variant in GOOD]
     expected = cistron.score_variants(tiny_evo2(), variants, {"chr1": CHR1}, window=64, reverse_complement=True)
@@ -92,7 +93,7 @@ def test_one_row_per_alternative_and_the_scores_in_the_vcf(files: Path, words: t
 def test_a_table_in_one_strand_and_the_same_result_twice(files: Path, caplog: pytest.LogCaptureFixture):
     table = "chrom,pos,ref,alt\n" + "".join(f"NC_000001.10,{pos},{ref},{alt}\n" for pos, ref, alt in GOOD)
     (files / "v.csv").write_text(table)
-    words = (f"input={files / 'v.csv'}", "reverse_complement=false")
+    words = (f"input={files / 'v.csv'}",)
     run(config(files, *words))
     found = rows(files / "out.parquet")
     expected = cistron.score_variants(tiny_evo2(), [("chr1", *v) for v in GOOD], files / "ref.fa", window=64)
@@ -141,7 +142,7 @@ def test_an_annotated_vcf_can_be_asked_for_later(files: Path):
         [record] = file.fetch("1", 159, 160)
         [header] = [line for line in str(file.header).splitlines() if line.startswith("##INFO=<ID=EVO2_DELTA,")]
     assert header.endswith(
-        f'Source="{files / "evo2"}, window 64, both strands, reference {files / "ref.fa"}",Version="cistron {VERSION}">'
+        f'Source="{files / "evo2"}, window 64, one strand, reference {files / "ref.fa"}",Version="cistron {VERSION}">'
     )
     assert record.info["EVO2_DELTA"][0] == pytest.approx(rows(files / "out.parquet")[7]["score"], rel=1e-6)
 

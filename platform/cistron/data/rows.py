@@ -14,7 +14,7 @@ from itertools import groupby
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cistron.alphabets import TAG_DELIMITER, validate_dna, validate_protein
+from cistron.alphabets import TAG_DELIMITER, refuse_dna, validate_dna, validate_protein
 from cistron.data.index import Alphabet
 from cistron.errors import InputError, SequenceError
 from cistron.io import storage
@@ -93,7 +93,7 @@ def read_rows(source: SourceFile, form: RowFormat) -> Iterator[Row]:
 
     Raises:
         InputError: the file is damaged or malformed; names the line.
-        SequenceError: a letter outside the alphabet; names file, record and position.
+        SequenceError: a letter outside the alphabet, or DNA in a corpus of proteins; names file, record and position.
     """
     if form.alphabet == "dna":
         for name, line, pieces in _read_records(source, form):
@@ -103,7 +103,9 @@ def read_rows(source: SourceFile, form: RowFormat) -> Iterator[Row]:
     else:
         tokenizer = ProteinTokenizer()
         for name, line, pieces in _read_records(source, form):
-            residues = validate_protein("".join(pieces), name=_label(source.path, name, line))
+            label = _label(source.path, name, line)
+            residues = validate_protein("".join(pieces), name=label)
+            refuse_dna(residues, name=label)
             yield Row(name, line, 0, tokenizer.encode(residues)[1:-1].astype("uint8").tobytes())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Final
 
 import numpy as np
@@ -59,8 +60,8 @@ def checked_sequences(
 
 def check_token_budget(token_budget: int) -> None:
     """Raise ``InputError`` unless the budget is a positive number of tokens."""
-    if token_budget < 1:
-        raise InputError(f"token_budget must be at least 1, got {token_budget}")
+    if not isinstance(token_budget, Integral) or token_budget < 1:
+        raise InputError(f"token_budget must be at least 1, got {token_budget!r}")
 
 
 def length_sorted_batches(lengths: Sequence[int], *, token_budget: int) -> Iterator[list[int]]:

@@ -78,7 +78,7 @@ def embed_sequences(
         token_budget: most tokens of one forward pass, padding included; a longer DNA sequence takes several.
 
     Raises:
-        InputError: the request is empty or an option does not apply.
+        InputError: the request is empty, an option does not apply, or a layer is neither a name nor an integer.
         SequenceError: a sequence the model cannot read; names its index, the letter and its position.
         UnknownNameError: no such layer.
         CapabilityError: the model returned NaN.
@@ -139,6 +139,10 @@ def _pool_batch(model: SequenceModel, batch: Sequence[Row], pools: Sequence[Mapp
 
 def _canonical(model: SequenceModel, layers: Sequence[Layer]) -> dict[Layer, str]:
     """Return the canonical name of each requested layer."""
-    if isinstance(layers, str | int) or not layers:
+    chosen = [] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
+    if not chosen:
         raise InputError(f"layers must be a list of at least one name or index, got {layers!r}")
-    return {layer: canonical_layer(layer, num_layers=len(model.blocks)) for layer in layers}
+    if wrong := [layer for layer in chosen if isinstance(layer, bool) or not isinstance(layer, str | int | np.integer)]:
+        raise InputError(f"layers must be names or integers, got {wrong[0]!r}")
+    names = {layer: layer if isinstance(layer, str) else int(layer) for layer in chosen}
+    return {layer: canonical_layer(name, num_layers=len(model.blocks)) for layer, name in names.items()}

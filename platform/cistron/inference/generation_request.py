@@ -39,7 +39,7 @@ def no_room(length: int, num_tokens: int, max_length: int) -> str:
 
 
 def parsed_stops(
-    stop: str | Iterable[str | int], *, allowed: str | None, vocab_size: int
+    stop: str | int | Iterable[str | int], *, allowed: str | None, vocab_size: int
 ) -> tuple[tuple[str, ...], frozenset[int]]:
     """Return the strings and the ids at which to stop.
 
@@ -49,14 +49,14 @@ def parsed_stops(
     Raises:
         InputError: a stop that is neither text nor a token id, or an empty text.
     """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = (stop,) if isinstance(stop, str | int | Integral) else tuple(stop)
     for item in stops:
         if item == "":
             raise InputError("stop: an empty string would stop every continuation before it begins")
-        if not isinstance(item, str) and item not in range(vocab_size):
+        if not (isinstance(item, str) or (isinstance(item, Integral) and 0 <= item < vocab_size)):
             raise InputError(f"stop: {item!r} is neither a string nor a token id from 0 to {vocab_size - 1}")
         letters = item if isinstance(item, str) else chr(item)
         if allowed is not None and not set(letters) <= set(allowed):
             logger.warning("stop: %r can never be generated, as only the letters %s are allowed", item, allowed)
     strings = tuple(item for item in stops if isinstance(item, str))
-    return strings, frozenset(item for item in stops if isinstance(item, int))
+    return strings, frozenset(int(item) for item in stops if not isinstance(item, str))

@@ -2,7 +2,8 @@
 
 Positions count from 1. Only replaced residues can be scored: a stop, an insertion, a deletion or a frame shift changes
 what follows, and says so when it is refused. A synonymous variant (``A23A``, ``p.Ala23=``, ``p.=``) is one without
-effect. ``X`` is the unknown residue; as the stop of older nomenclature it is not read.
+effect. ``X`` is the unknown residue; as the stop of older nomenclature it is not read. Residues may be in lower case,
+as they may in a sequence.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ THREE_LETTERS: Final = {
 """Three-letter codes of the residues (IUPAC-IUB 1984) and their letters."""
 
 _RESIDUE: Final = rf"[{AMINO_ACIDS}]|{'|'.join(THREE_LETTERS)}"
-_SUBSTITUTION: Final = re.compile(rf"({_RESIDUE})(0|[1-9][0-9]{{0,8}})({_RESIDUE}|=)")
-_STOP: Final = re.compile(rf"(?:(?:{_RESIDUE})[0-9]+)(?:\*|Ter)|(?:\*|Ter)[0-9]+.*")
+# Without ASCII, ignoring the case reads the long s as S and the Kelvin sign as K.
+_ANY_CASE: Final = re.IGNORECASE | re.ASCII
+_SUBSTITUTION: Final = re.compile(rf"({_RESIDUE})(0|[1-9][0-9]{{0,8}})({_RESIDUE}|=)", _ANY_CASE)
+_STOP: Final = re.compile(rf"(?:(?:{_RESIDUE})[0-9]+)(?:\*|Ter)|(?:\*|Ter)[0-9]+.*", _ANY_CASE)
 _OTHER_CHANGE: Final = re.compile(r"fs|del|ins|dup|ext")
 
 
@@ -130,7 +133,7 @@ def _substitution(word: str, wild_type: str) -> Substitution | VariantProblem:
     if match is None:
         return _unreadable(word)
     expected, number, mutant = match.groups()
-    expected = THREE_LETTERS.get(expected, expected)
+    expected = _letter(expected)
     position = int(number) - 1
     if position < 0:
         return VariantProblem("outside_protein", f"{word} is before the beginning; positions count from 1")
@@ -138,7 +141,12 @@ def _substitution(word: str, wild_type: str) -> Substitution | VariantProblem:
         return VariantProblem("outside_protein", f"{word} is past the end, at {len(wild_type)} residues")
     if (found := wild_type[position]) != expected:
         return VariantProblem("wild_type_mismatch", f"the wild type has {found} at {number}, not {expected}")
-    return Substitution(expected, position, expected if mutant == "=" else THREE_LETTERS.get(mutant, mutant))
+    return Substitution(expected, position, expected if mutant == "=" else _letter(mutant))
+
+
+def _letter(code: str) -> str:
+    """Return the letter of a residue, of one or three letters in any case."""
+    return THREE_LETTERS.get(code.capitalize(), code.upper())
 
 
 def _unreadable(word: str) -> VariantProblem:

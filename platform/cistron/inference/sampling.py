@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-import numpy as np
 import torch
 
 from cistron.errors import InputError
@@ -123,16 +122,18 @@ def generators(prompts: Sequence[str], seed: int | Sequence[int] | None) -> list
     Raises:
         InputError: a list of seeds of another length than the prompts, or a negative seed.
     """
-    if isinstance(seed, int | np.integer):
+    if seed is not None and not isinstance(seed, Integral | Iterable):
+        raise InputError(f"seed must be a whole number, or one per prompt, got {seed!r}")
+    if isinstance(seed, Integral):
         seeds = list(prompt_seeds(prompts, int(seed)))
     else:
         seeds = [secrets.randbits(_SEED_BITS) for _ in prompts] if seed is None else list(seed)
     if len(seeds) != len(prompts):
         raise InputError(f"got {len(seeds)} seeds for {len(prompts)} prompts; give one seed, or one per prompt")
     for value in seeds:
-        if not 0 <= value < 1 << 64:
-            raise InputError(f"seed must be from 0 to 2^64 - 1, got {value}")
-    return [torch.Generator().manual_seed(value) for value in seeds]
+        if not isinstance(value, Integral) or not 0 <= value < 1 << 64:
+            raise InputError(f"seed must be from 0 to 2^64 - 1, got {value!r}")
+    return [torch.Generator().manual_seed(int(value)) for value in seeds]
 
 
 def prompt_seeds(prompts: Iterable[str], seed: int) -> Iterator[int]:

@@ -9,7 +9,8 @@ proteins: see :mod:`cistron.inference.protein_windows`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -27,9 +28,8 @@ from cistron.inference.protein_windows import overlapping_windows, residues_per_
 from cistron.models.base import SequenceModel
 
 MarginalStrategy: TypeAlias = Literal["masked-marginal", "wt-marginal"]
-ProteinStrategy: TypeAlias = MarginalStrategy | Literal["pseudo-ppl"]
-
-_PROTEIN_STRATEGIES: Final = ("masked-marginal", "wt-marginal", "pseudo-ppl")
+# Flat, not a union with the marginals: of a union, pydantic reports a wrong value once per member.
+ProteinStrategy: TypeAlias = Literal["masked-marginal", "wt-marginal", "pseudo-ppl"]
 
 RESIDUE_ORDER: Final = STANDARD_AMINO_ACIDS
 """Residues of the columns of a substitution matrix."""
@@ -51,7 +51,8 @@ def substitution_matrix(
         model: ESM-2.
         sequence: the wild type, of L residues.
         strategy: ``masked-marginal``, in L masked passes; ``wt-marginal``, in one pass per window.
-        positions: 0-based residues to replace, whose rows are returned; all L unless given.
+        positions: 0-based residues to replace, whose rows are returned in this order, again where one is repeated; all
+            L unless given.
         window: residues that the model sees at once; its trained length unless given.
         token_budget: most tokens of one forward pass, padding included.
 
@@ -59,7 +60,8 @@ def substitution_matrix(
         [L, 20] log p(mutant) - log p(wild type), columns in the order of :data:`RESIDUE_ORDER`; 0 for the wild type.
 
     Raises:
-        InputError: the model is not ESM-2, an unknown strategy, a position outside, or a window without a residue.
+        InputError: the model is not ESM-2, an unknown strategy, a position that is outside or no integer, or a window
+            without a residue.
         SequenceError: the wild type is not a protein, or holds ``<mask>``.
     """
     check_token_budget(token_budget)
@@ -67,10 +69,10 @@ def substitution_matrix(
         raise InputError(f"strategy must be one of {', '.join(get_args(MarginalStrategy))}, got {strategy!r}")
     wild_type = _wild_type(model, sequence, name="sequence")
     ids = residue_ids(model, wild_type)
-    chosen = range(len(ids)) if positions is None else list(positions)
-    if outside := [position for position in chosen if not 0 <= position < len(ids)]:
-        raise InputError(f"position {outside[0]} is outside the protein, which has {len(ids)} residues")
-    log_probs = _log_probs(model, ids, chosen, strategy=strategy, window=window, token_budget=token_budget)
+    chosen = np.arange(len(ids)) if positions is None else _checked_positions(positions, length=len(ids))
+    distinct, rows = np.unique(chosen, return_inverse=True)
+    found = _log_probs(model, ids, distinct.tolist(), strategy=strategy, window=window, token_budget=token_budget)
+    log_probs = found[rows]
     columns = residue_ids(model, RESIDUE_ORDER)
     return log_probs[:, columns] - np.take_along_axis(log_probs, ids[chosen, None], axis=1)
 
@@ -98,8 +100,8 @@ def score_substitutions(
         InputError: an unknown strategy, or a variant that is malformed or contradicts the wild type.
         SequenceError: the wild type is not a protein, or holds ``<mask>``.
     """
-    if strategy not in _PROTEIN_STRATEGIES:
-        raise InputError(f"strategy must be one of {', '.join(_PROTEIN_STRATEGIES)}, got {strategy!r}")
+    if strategy not in get_args(ProteinStrategy):
+        raise InputError(f"strategy must be one of {', '.join(get_args(ProteinStrategy))}, got {strategy!r}")
     if not isinstance(reference, str):
         raise InputError(f"reference must be the wild-type protein sequence, got a {type(reference).__name__}")
     wild_type = _wild_type(model, reference, name="reference")
@@ -117,6 +119,21 @@ def _wild_type(model: SequenceModel, sequence: str, *, name: str) -> str:
     wild_type = model.tokenizer.validate(sequence, name=name)
     check_unmasked(wild_type, name=name)
     return wild_type
+
+
+def _checked_positions(positions: Sequence[int], *, length: int) -> NDArray[np.int64]:
+    """Return the positions asked for, [positions] int64."""
+    if isinstance(positions, str) or not isinstance(positions, Iterable):
+        raise InputError(f"positions must be a list of 0-based integers, got {positions!r}")
+    chosen = []
+    for position in positions:
+        try:
+            chosen.append(operator.index(position))  # numpy's integers too
+        except TypeError as error:
+            raise InputError(f"positions must be 0-based integers, got {position!r}") from error
+        if not 0 <= chosen[-1] < length:
+            raise InputError(f"position {chosen[-1]} is outside the protein, which has {length} residues")
+    return np.array(chosen, dtype=np.int64)
 
 
 def _pseudo_likelihood_changes(
@@ -164,7 +181,7 @@ def _log_probs(
     window: int | None,
     token_budget: int,
 ) -> NDArray[np.float64]:
-    """Return the log-probabilities of all tokens at the positions, [positions, V]."""
+    """Return the log-probabilities of all tokens at the positions, no two of which are equal, [positions, V]."""
     if strategy == "wt-marginal":
         return _unmasked_log_probs(model, ids, window=window, token_budget=token_budget)[list(positions)]
     values = np.empty((len(positions), model.tokenizer.vocab_size))

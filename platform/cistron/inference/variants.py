@@ -8,7 +8,8 @@ flanks; what the alleles of a place have before them in common is read once. Pro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -80,7 +81,9 @@ def score_variants(
         token_budget: most tokens of one forward pass, padding included.
 
     Returns:
-        DNA: chrom, pos, ref, alt, ref_score, alt_score (summed log-likelihoods) and score, their difference.
+        DNA: chrom, pos, ref, alt, ref_score, alt_score (summed log-likelihoods) and score, their difference;
+        window_letters, fewer than asked for at a contig's end, and how many of them are none of A, C, G and T,
+        ambiguous_letters.
         Protein: variant and score.
 
     Raises:
@@ -108,7 +111,7 @@ def score_variants(
     genome = open_reference(reference)
     windows = [_window(variant, genome, size) for variant in parsed]
     scores = score_windows(model, windows, reverse_complement=reverse_complement, token_budget=token_budget)
-    return _delta_table(parsed, scores)
+    return _delta_table(parsed, windows, scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +163,9 @@ def checked_window(model: SequenceModel, window: int | None) -> int:
     limit = config_of(model).max_length
     if window is None:
         return min(DNA_WINDOW, limit)
-    if not 2 <= window <= limit:
-        raise InputError(f"window must be from 2 to the model's limit of {limit:,}, got {window}")
-    return window
+    if not isinstance(window, Integral) or not 2 <= window <= limit:
+        raise InputError(f"window must be from 2 to the model's limit of {limit:,}, got {window!r}")
+    return int(window)
 
 
 def _parsed(index: int, variant: AnyVariant) -> Variant:
@@ -173,8 +176,9 @@ def _parsed(index: int, variant: AnyVariant) -> Variant:
         parsed = Variant(*variant)
     else:
         raise InputError(f"variant {index}: must be (chrom, pos, ref, alt), got {variant!r}")
-    if not isinstance(parsed.pos, int):
+    if not isinstance(parsed.pos, Integral):
         raise InputError(f"variant {index}: pos must be a whole number, got {parsed.pos!r}")
+    parsed = replace(parsed, pos=int(parsed.pos))
     for name, allele in (("ref", parsed.ref), ("alt", parsed.alt)):
         if not isinstance(allele, str) or not allele or set(allele.upper()) - set(NUCLEOTIDES + "N"):
             where = f"variant {index} ({parsed.chrom}:{parsed.pos})"
@@ -189,7 +193,7 @@ def _window(variant: Variant, genome: ReferenceGenome, size: int) -> Window:
     return found
 
 
-def _delta_table(variants: Sequence[Variant], scores: WindowScores) -> pa.Table:
+def _delta_table(variants: Sequence[Variant], windows: Sequence[Window], scores: WindowScores) -> pa.Table:
     return pa.table(
         {
             "chrom": pa.array([variant.chrom for variant in variants], pa.string()),
@@ -199,5 +203,7 @@ def _delta_table(variants: Sequence[Variant], scores: WindowScores) -> pa.Table:
             "ref_score": scores.reference,
             "alt_score": scores.alternative,
             "score": scores.alternative - scores.reference,
+            "window_letters": pa.array([len(window.reference) for window in windows], pa.int64()),
+            "ambiguous_letters": pa.array([window.ambiguous for window in windows], pa.int64()),
         }
     )

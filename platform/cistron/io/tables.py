@@ -29,12 +29,15 @@ class Column(NamedTuple):
         type: of its values.
         also: another name that it may have.
         optional: whether a table may lack it; its values are None then.
+        blank: whether cells may be empty although the column must be there; their values are None. Those of an
+            optional column may be in any case.
     """
 
     name: str
     type: pa.DataType
     also: str | None = None
     optional: bool = False
+    blank: bool = False
 
 
 def read_rows(path: PathLike, columns: Sequence[Column]) -> Iterator[tuple[Any, ...]]:
@@ -54,7 +57,7 @@ def read_rows(path: PathLike, columns: Sequence[Column]) -> Iterator[tuple[Any, 
             number += 1
             values = tuple(row.get(column.name) for column in columns)
             for column, value in zip(columns, values, strict=True):
-                if value is None and not column.optional:
+                if value is None and not (column.optional or column.blank):
                     raise InputError(f"{path}, row {number}: {column.name} is missing")
             yield values
 

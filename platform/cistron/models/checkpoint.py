@@ -1,4 +1,4 @@
-"""The native checkpoint: a folder of ``config.json``, safetensors and ``manifest.json``.
+"""The native checkpoint: a folder of ``config.json``, safetensors and ``manifest.json``; ESM-2's tokenizer files too.
 
 Both directions are strict and stream. Writing holds one tensor at a time and checks each against the configuration;
 nothing appears under the destination's name before all of it is right. Reading checks the manifest, then the list of
@@ -18,7 +18,7 @@ import torch
 from cistron.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from cistron.io.atomic import new_directory
 from cistron.models.base import SequenceModel
-from cistron.models.families import ModelConfig, build, config_of, parse_config
+from cistron.models.families import ModelConfig, build, companion_files, config_of, parse_config
 from cistron.models.manifest import MANIFEST, read_json, read_manifest, verify_files, write_manifest
 from cistron.models.shards import (
     MAX_SHARD_BYTES,
@@ -79,6 +79,8 @@ def write_checkpoint(
         checked = check_tensors(tensors, config, source=str(destination))
         write_shards(staging, checked, names=_expected_shapes(config), max_shard_bytes=max_shard_bytes)
         (staging / CONFIG).write_text(json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n")
+        for name, text in companion_files(config).items():
+            (staging / name).write_text(text)
         write_manifest(staging, provenance or {})
     return destination
 
@@ -158,7 +160,11 @@ def check_tensors(tensors: NamedTensors, config: ModelConfig, *, source: str) ->
 def _open(directory: str | Path, *, verify: bool) -> tuple[ModelConfig, dict[str, list[str]]]:
     """Check a checkpoint without reading its tensors; return its configuration and each weight file's tensor names."""
     directory = _existing(directory)
-    verify_files(directory, hashes=verify)
+    try:
+        verify_files(directory, hashes=verify)
+    except CheckpointError:
+        _name_wrong_tensors(directory)
+        raise
     config = read_config(directory)
     files = locate_tensors(directory)
     listed = read_manifest(directory)["files"]
@@ -167,6 +173,16 @@ def _open(directory: str | Path, *, verify: bool) -> tuple[ModelConfig, dict[str
             raise CheckpointError(f"{directory / name} belongs to the checkpoint, but {MANIFEST} does not list it")
     _compare(tensor_shapes(directory, files), _expected_shapes(config), source=str(directory))
     return config, files
+
+
+def _name_wrong_tensors(directory: Path) -> None:
+    """Raise ``CheckpointError`` where the files can be read and their tensors say more than their sizes do."""
+    try:
+        config = read_config(directory)
+        shapes = tensor_shapes(directory, locate_tensors(directory))
+    except CheckpointError:
+        return
+    _compare(shapes, _expected_shapes(config), source=str(directory))
 
 
 def _existing(directory: str | Path) -> Path:

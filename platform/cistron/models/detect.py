@@ -36,19 +36,21 @@ _BY_TENSOR: Final = (
     (re.compile(rb"\bblocks\.\d+\.(pre_norm|post_norm|mlp\.l[123]|projections|filter|inner_mha_cls)\b"), "vortex"),
 )
 _WEIGHT_FILE: Final = re.compile(r".*\.(safetensors|pt|pt\.part0)")
+_PART: Final = re.compile(r"(?<=\.pt)\.part\d+$")
 _READ_BYTES: Final = 1 << 24
 """More than any published model's names and settings take."""
 
 
 def detect_format(source: Path) -> str:
-    """Return the format of the checkpoint at `source`, or of its first ``.pt.partN``.
+    """Return the format of the checkpoint at `source`; of one in parts, any ``.pt.partN`` or the name without it.
 
     Raises:
         CheckpointNotFoundError: nothing is there.
         CheckpointError: it is like none of the formats.
     """
-    first_part = source.with_name(f"{source.name}.part0")
-    if not source.exists() and first_part.exists():
+    whole = _PART.sub("", source.name)
+    first_part = source.with_name(f"{whole}.part0")
+    if first_part.exists() and not source.with_name(whole).exists():
         source = first_part
     if not source.exists():
         raise CheckpointNotFoundError(f"{source} does not exist")
@@ -63,7 +65,10 @@ def _format_of_folder(folder: Path) -> str | None:
         if any(folder.glob(pattern)):
             return name
     if (folder / "config.json").is_file():
-        return _BY_MODEL_TYPE.get(str(read_json(folder / "config.json").get("model_type")))
+        # Published Evo 2 weights have one beside them that says nothing of their format.
+        model_type = str(read_json(folder / "config.json").get("model_type"))
+        if model_type in _BY_MODEL_TYPE:
+            return _BY_MODEL_TYPE[model_type]
     formats = {_format_of_file(path) for path in folder.iterdir() if _WEIGHT_FILE.fullmatch(path.name)}
     return formats.pop() if len(formats) == 1 else None
 

@@ -11,6 +11,7 @@ from cistron.errors import ConfigError, nearest
 from cistron.models.base import SequenceModel
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.model import Esm2
+from cistron.models.esm2.tokenizer_files import TOKENIZER_FILES
 from cistron.models.evo2.config import Evo2Config
 from cistron.models.evo2.model import Evo2
 
@@ -41,6 +42,11 @@ def build(
     if isinstance(config, Evo2Config):
         return Evo2(config, device=device, dtype=dtype)
     return Esm2(config, device=device, dtype=dtype)
+
+
+def companion_files(config: ModelConfig) -> Mapping[str, str]:
+    """Return the texts of the files, by name, that stand beside the weights for other software."""
+    return TOKENIZER_FILES if isinstance(config, Esm2Config) else {}
 
 
 def config_of(model: SequenceModel) -> ModelConfig:

@@ -16,7 +16,10 @@ is the representation after the final norm.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Final
+
+import torch
 
 from cistron.errors import UnknownNameError, nearest
 
@@ -84,6 +87,14 @@ def canonical_layer(layer: str | int, *, num_layers: int) -> str:
             f"also with .{MIXER} or .{MLP}, {FINAL_NORM}, {LOGITS}; integers index blocks, -1 is {FINAL_NORM})"
         )
     return name
+
+
+def by_names_asked(
+    found: Mapping[str, torch.Tensor], asked: Sequence[str | int], *, num_layers: int
+) -> dict[str, torch.Tensor]:
+    """Return the representations by canonical name, and by the names that they were asked for where these differ."""
+    spelled = {layer: found[canonical_layer(layer, num_layers=num_layers)] for layer in asked if isinstance(layer, str)}
+    return {**found, **spelled}
 
 
 def _from_index(index: int, num_layers: int) -> str:

@@ -18,7 +18,8 @@ class ModelOutput:
 
     Attributes:
         logits: [B, L, V] for padded input, [T, V] for packed input.
-        hidden_states: the representations that were asked for, by canonical name, [B, L, H] or [T, H].
+        hidden_states: the representations that were asked for, by canonical name and by the name that
+            was asked for, [B, L, H] or [T, H].
     """
 
     logits: torch.Tensor

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from cistron.errors import CheckpointError
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.evo2.config import Evo2Config
 from cistron.models.families import ModelConfig
@@ -33,6 +34,19 @@ class ModelSpec:
     published_parameters: int | None
     sources: tuple[str, ...] = ()
 
+    def check_size(self, config: ModelConfig, *, source: str) -> None:
+        """Refuse another model under this one's name; context and rotary settings may have been changed.
+
+        Raises:
+            CheckpointError: `config`, found at `source`, has another family, width, depth or layer pattern.
+        """
+        for setting in _SIZE:
+            got, expected = (getattr(found, setting, None) for found in (config, self.config))
+            if got != expected:
+                raise CheckpointError(f"{source} is not {self.name}: {setting} is {got}, of {self.name} {expected}")
+
+
+_SIZE: Final = ("model_type", "hidden_size", "num_layers", "layer_pattern")
 
 ALIASES: Final[Mapping[str, str]] = {
     "esm2_8m": "esm2_t6_8M_UR50D",

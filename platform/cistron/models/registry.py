@@ -17,7 +17,7 @@ from typing import Any, Final, get_args
 
 import torch
 
-from cistron.errors import CheckpointNotFoundError, ConfigError, UnknownNameError, nearest
+from cistron.errors import CapabilityError, CheckpointNotFoundError, ConfigError, UnknownNameError, nearest
 from cistron.io import storage
 from cistron.models import published
 from cistron.models.base import SequenceModel
@@ -37,6 +37,7 @@ MODELS_VARIABLE: Final = "CISTRON_MODELS"
 
 _SHORT: Final = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 _SPECS: Final = {spec.name: spec for spec in published.all_specs()}
+_NAMES: Final = (*_SPECS, *ALIASES)
 
 
 def list_models() -> list[str]:
@@ -53,7 +54,7 @@ def get_spec(name: str) -> ModelSpec:
     canonical = ALIASES.get(name, name)
     _refuse_unpublished(name)
     if canonical not in _SPECS:
-        raise UnknownNameError(f"unknown model {name!r}{nearest(name, _SPECS)} (known: {', '.join(_SPECS)})")
+        raise UnknownNameError(f"unknown model {name!r}{nearest(name, _NAMES)} (known: {', '.join(_SPECS)})")
     return _SPECS[canonical]
 
 
@@ -108,7 +109,7 @@ def load_model(
         CheckpointError: what is there is not a complete native checkpoint.
         UnknownNameError: `source` is neither a path nor a registry name.
         CapabilityError: ``auto``, and every path that is possible here is known to degrade the model or untested;
-            or ``fp8`` without such hardware, or ``int8`` elsewhere than on a CPU.
+            or ``fp8`` without such hardware, or ``int8`` elsewhere than on a CPU; or no such device is here.
         ConfigError: `dtype` and `precision` contradict each other, or the model has nothing that the path is for.
     """
     del trust_pickle
@@ -117,6 +118,8 @@ def load_model(
     if dtype not in (None, DTYPES.get(precision, dtype)):
         raise ConfigError(f"precision={precision} and dtype={dtype} contradict each other; give one of them")
     target = torch.device(device) if device is not None else torch.get_default_device()
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise CapabilityError(f"device {target}: this machine has no CUDA device that PyTorch {torch.__version__} sees")
     with _local_checkpoint(source) as directory:
         config = read_config(directory)
         plan = plan_precision(config, precision, dtype=dtype, device=target, source=str(source))
@@ -170,16 +173,18 @@ def _local_checkpoint(source: str | Path, *, only: Sequence[str] | None = None) 
 
 
 def _registered(name: str) -> Path:
-    """Return where the checkpoint of a registry name lies."""
+    """Return where the checkpoint of a registry name lies, which has that model's size."""
     _refuse_unpublished(name)
     if name not in ALIASES and name not in _SPECS:
         raise UnknownNameError(
-            f"{name!r} is neither a folder here nor a model{nearest(name, _SPECS)} (known: {', '.join(_SPECS)})"
+            f"{name!r} is neither a folder here nor a model{nearest(name, _NAMES)} (known: {', '.join(_SPECS)})"
         )
     spec = get_spec(name)
     folder = os.environ.get(MODELS_VARIABLE)
-    if folder is not None and (Path(folder).expanduser() / spec.name).exists():
-        return Path(folder).expanduser() / spec.name
+    candidates = () if folder is None else (Path(folder).expanduser() / called for called in (spec.name, name))
+    if (found := next(filter(Path.exists, candidates), None)) is not None:
+        spec.check_size(read_config(found), source=str(found))
+        return found
     where = (
         f"{folder}/{spec.name} does not exist" if folder else f"the environment variable {MODELS_VARIABLE} is not set"
     )

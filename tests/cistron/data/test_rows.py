@@ -64,6 +64,14 @@ def test_wrong_letters_name_file_record_and_position(tmp_path):
         rows(fasta(tmp_path, ">p\nMKT*\n"), PROTEIN)
 
 
+def test_dna_in_a_corpus_of_proteins_is_refused(tmp_path):
+    dna = "ACGTTGCANT" * 6 + "R" + "ACGTTGCANT" * 6
+    with pytest.raises(SequenceError, match=r"x\.fa: record 'chr' \(line 3\): this looks like DNA.*translate it first"):
+        rows(fasta(tmp_path, f">p\nMKT\n>chr\n{dna}\n"), PROTEIN)
+    with pytest.raises(SequenceError, match="this looks like DNA"):
+        rows(fasta(tmp_path, f">chr\n{dna.lower()}\n"), PROTEIN)
+
+
 def test_parquet_rows(tmp_path):
     path = tmp_path / "x.parquet"
     table = pa.table({"sequence": ["ACGT" * 4, "GG", "TTT"], "id": ["u", "v", "w"]})

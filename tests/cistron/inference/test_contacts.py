@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import load_file
 from tests.tiny_models import tiny_esm2, tiny_evo2
 
-from cistron.errors import InputError, SequenceError
+from cistron.errors import CapabilityError, InputError, SequenceError
+from cistron.inference import contacts as contacts_module
 from cistron.inference.contacts import predict_contacts
+from cistron.inference.memory import available_bytes
+from cistron.models.checkpoint import write_checkpoint
 from cistron.models.convert import convert_checkpoint
 from cistron.models.registry import load_model
 
@@ -51,3 +54,49 @@ def test_contacts_are_those_of_the_reference(tmp_path: Path):
     for contacts, expected in zip(predict_contacts(model, proteins), golden["contacts"].numpy(), strict=True):
         length = len(contacts)
         np.testing.assert_allclose(contacts, expected[:length, :length], atol=1e-4)
+
+
+def test_a_protein_whose_maps_do_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch):
+    model = tiny_esm2()
+    monkeypatch.setattr(contacts_module, "available_bytes", lambda device: 20 << 30)
+    monkeypatch.setattr(type(model), "predict_contacts", lambda *args, **kwargs: pytest.fail("nothing may be computed"))
+    message = (
+        r"sequence 1: contacts of 35,000 residues need about 24,502,800,080 bytes \(22\.8 GiB\), and cpu has 20\.0 GiB"
+    )
+    with pytest.raises(CapabilityError, match=message):
+        predict_contacts(model, ["MKT", "MKTAYIAKQR" * 3500, "MKTAY"])
+
+
+@pytest.mark.parametrize("left", [5 * 12**2 * 4, None])
+def test_a_protein_whose_maps_fit_is_read(monkeypatch: pytest.MonkeyPatch, left: int | None):
+    monkeypatch.setattr(contacts_module, "available_bytes", lambda device: left)
+    assert predict_contacts(tiny_esm2(), ["MKTAYIAKQR"])[0].shape == (10, 10)
+
+
+def test_what_is_left_of_the_host_is_known_and_of_other_devices_not():
+    left = available_bytes(torch.device("cpu"))
+    assert left is None or 0 < left < 1 << 50
+    assert available_bytes(torch.device("meta")) is None
+
+
+def test_what_is_left_in_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("cistron.inference.memory._CGROUP", tmp_path)
+    monkeypatch.setattr("cistron.inference.memory._MEMINFO", tmp_path / "meminfo")
+    assert available_bytes(torch.device("cpu")) is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   4 kB\nHugePages_Total: 0\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(torch.device("cpu")) == 4096
+    for name, text in (("max", "9000\n"), ("current", "7000\n"), ("stat", "anon 10\ninactive_file 1000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert available_bytes(torch.device("cpu")) == 3000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_head_stored_in_few_bits_is_applied_in_fp32(tmp_path: Path, dtype: torch.dtype):
+    model = tiny_esm2()
+    stored = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    loaded = load_model(write_checkpoint(model.config, stored.items(), tmp_path / "model"))
+    found = predict_contacts(loaded, PROTEINS)
+    assert {contacts.dtype for contacts in found} == {np.dtype("float32")}
+    for contacts, expected in zip(found, predict_contacts(model, PROTEINS), strict=True):
+        np.testing.assert_allclose(contacts, expected, atol=0.2 if dtype == torch.bfloat16 else 0.03)

@@ -84,6 +84,12 @@ def test_layers_keep_the_spelling_of_the_request():
     assert not np.allclose(vectors["embedding"], vectors[2])
 
 
+def test_numpys_integers_are_indices():
+    asked = embed_sequences(tiny_evo2(), DNA[:1], layers=np.array([-1, 2]))[0].vectors
+    want = embed_sequences(tiny_evo2(), DNA[:1], layers=[-1, 2])[0].vectors
+    np.testing.assert_array_equal([asked[-1], asked[2]], [want[-1], want[2]])
+
+
 def test_vectors_of_a_bf16_model_are_fp32():
     result = embed_sequences(tiny_esm2().bfloat16(), ["MKT"])[0]
     assert result.vectors[-1].dtype == np.float32
@@ -99,9 +105,14 @@ def test_vectors_of_a_bf16_model_are_fp32():
         (["ACGT"], {"pooling": "cls"}, InputError, "needs a <cls> token, which evo2 does not have"),
         (["ACGT"], {"layers": ()}, InputError, "at least one name or index"),
         (["ACGT"], {"layers": "blocks.1"}, InputError, "must be a list"),
+        (["ACGT"], {"layers": 1.0}, InputError, "must be a list of at least one name or index, got 1.0"),
+        (["ACGT"], {"layers": None}, InputError, "must be a list of at least one name or index, got None"),
+        (["ACGT"], {"layers": [-1, 1.0]}, InputError, "layers must be names or integers, got 1.0"),
+        (["ACGT"], {"layers": [None]}, InputError, "layers must be names or integers, got None"),
+        (["ACGT"], {"layers": [True]}, InputError, "layers must be names or integers, got True"),
         (["ACGT"], {"layers": ("blocks.9",)}, UnknownNameError, "unknown layer 'blocks.9'"),
         (["ACGT"], {"layers": (17,)}, UnknownNameError, "unknown layer 17"),
-        (["ACGT"], {"token_budget": -1}, InputError, "token_budget must be at least 1"),
+        (["ACGT"], {"token_budget": -1}, InputError, "token_budget must be .*at least 1"),
     ],
 )
 def test_bad_requests(sequences: list[str], options: dict[str, Any], error: type[Exception], message: str):

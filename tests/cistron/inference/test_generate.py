@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.tiny_models import tiny_esm2, tiny_evo2
@@ -137,6 +138,8 @@ def test_no_tokens_is_an_empty_continuation():
         (["ACGT"], {"num_tokens": 1.5}, InputError, "num_tokens must be a whole number, at least 0, got 1.5"),
         (["ACGT"], {"prefill_chunk": 0}, InputError, "prefill_chunk must be a whole number, at least 1"),
         (["ACGT"], {"seed": -4}, InputError, "seed must be from 0"),
+        (["ACGT"], {"seed": [1.5]}, InputError, "seed must be from 0 to .*, got 1.5"),
+        (["ACGT"], {"seed": 1.5}, InputError, "seed must be a whole number, or one per prompt, got 1.5"),
     ],
 )
 def test_bad_requests(prompts: list[str], options: dict[str, Any], error: type[Exception], message: str):
@@ -163,12 +166,13 @@ def test_a_token_id_stops_when_asked_for():
     options: dict[str, Any] = {"num_tokens": 40, "seed": 2, "top_k": 0, "allowed": "AC\x00\x01"}
     free = generate(tiny_evo2(), ["ACGT"], **options)[0]
     first = free.token_ids.index(1)
-    stopped = generate(tiny_evo2(), ["ACGT"], **options, stop=(1, "GG"))[0]
-    assert stopped.token_ids == free.token_ids[: first + 1]
-    assert stopped.finish_reason == "stop"
+    for stop in ((1, "GG"), 1, np.int64(1), np.array([1])):
+        stopped = generate(tiny_evo2(), ["ACGT"], **options, stop=stop)[0]
+        assert stopped.token_ids == free.token_ids[: first + 1]
+        assert stopped.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("stop", [(512,), (-1,), (1.5,), (None,)])
+@pytest.mark.parametrize("stop", [(512,), (-1,), (1.5,), (84.0,), (None,)])
 def test_a_stop_that_is_neither_text_nor_token_is_refused(stop: Any):
     with pytest.raises(InputError, match=r"stop: .* is neither a string nor a token id from 0 to 511"):
         generate(tiny_evo2(), ["ACGT"], num_tokens=1, stop=stop)

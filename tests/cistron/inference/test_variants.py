@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.tiny_models import tiny_esm2, tiny_evo2
@@ -38,7 +39,8 @@ def test_dna_score_is_the_change_in_log_likelihood():
     variants.append(("chr1", 70, CONTIG[69:72], CONTIG[69]))
     variants.append(("chr1", 70, CONTIG[69], CONTIG[69] + "TTT"))
     table = score_variants(model, variants, {"chr1": CONTIG}, window=40)
-    assert table.column_names == ["chrom", "pos", "ref", "alt", "ref_score", "alt_score", "score"]
+    columns = ["chrom", "pos", "ref", "alt", "ref_score", "alt_score", "score", "window_letters", "ambiguous_letters"]
+    assert table.column_names == columns
     for (_, pos, ref, alt), row in zip(variants, table.to_pylist(), strict=True):
         assert (row["pos"], row["ref"], row["alt"]) == (pos, ref, alt)
         left, right = max(0, pos - 1 - 20), pos - 1 + 20 - max(0, len(alt) - len(ref))
@@ -93,6 +95,14 @@ def test_one_reference_window_is_read_once():
     counts.clear()
     score_variants(model, alts * 2, {"c": CONTIG}, window=100, reverse_complement=True)
     assert sum(counts) == 50 + 4 * 50 + 49 + 4 * 51
+
+
+def test_a_window_that_is_short_or_hardly_known_is_told():
+    contig = "N" * 30 + CONTIG[30:]
+    variants = [("c", np.int64(pos), contig[pos - 1], other(contig[pos - 1])) for pos in (34, len(contig))]
+    table = score_variants(tiny_evo2(), variants, {"c": contig}, window=10)
+    assert table["window_letters"].to_pylist() == [10, 6]
+    assert table["ambiguous_letters"].to_pylist() == [2, 0]
 
 
 def test_the_window_is_centred_and_cut_at_the_ends():

@@ -186,8 +186,14 @@ def test_a_stream_that_does_not_fit_is_refused(change: Callable[[list[Any]], lis
         (lambda t: t.update({"final_norm.weight": torch.zeros(3)}), r"final_norm\.weight has shape \[3\], .* \[32\]"),
     ],
 )
-def test_loading_is_strict(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str):
+@pytest.mark.parametrize("believed", [True, False])
+def test_loading_is_strict(
+    checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str, believed: bool
+):
+    manifest = (checkpoint / "manifest.json").read_text()
     rewrite(checkpoint, change)
+    if not believed:
+        (checkpoint / "manifest.json").write_text(manifest)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(checkpoint)
 
@@ -309,6 +315,8 @@ def test_an_esm2_checkpoint_is_a_complete_hugging_face_one(tmp_path: Path, max_s
     with torch.no_grad():
         expected = theirs(ids, attention_mask=torch.ones_like(ids)).logits
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    assert tokenizer("MKTAYIAKQR").input_ids == ids[0].tolist()
 
 
 @pytest.mark.parametrize("max_shard_bytes", [20_000, 5 << 30])

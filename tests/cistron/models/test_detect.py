@@ -42,8 +42,11 @@ def test_a_file_in_parts_is_told(tmp_path: Path):
     (tmp_path / "cut").mkdir()
     for number, start in enumerate((0, len(content) // 2)):
         (tmp_path / "cut" / f"m.pt.part{number}").write_bytes(content[start : start + len(content) // 2 + 1])
-    for source in (tmp_path / "cut", tmp_path / "cut" / "m.pt", tmp_path / "cut" / "m.pt.part0"):
+    parts = [tmp_path / "cut" / name for name in ("m.pt", "m.pt.part0", "m.pt.part1")]
+    for source in (tmp_path / "cut", *parts):
         assert detect_format(source) == "vortex"
+    (tmp_path / "cut" / "config.json").write_text('{"architectures": ["Evo2"]}')
+    assert detect_format(tmp_path / "cut") == "vortex"
 
 
 class Bomb:

@@ -347,7 +347,9 @@ def test_names_and_aliases_of_representations():
     model = random_model()
     ids = torch.tensor([[CLS, 5, EOS]])
     out = model(ids, hidden_states=[1, "norm", "decoder.layers.0", "embedding"])
-    assert list(out.hidden_states) == ["blocks.1", "final_norm", "blocks.0", "embedding"]
+    canonical = {"norm": "final_norm", "decoder.layers.0": "blocks.0"}
+    assert set(out.hidden_states) == {"blocks.1", "embedding", *canonical, *canonical.values()}
+    assert all(out.hidden_states[alias] is out.hidden_states[name] for alias, name in canonical.items())
     with pytest.raises(UnknownNameError, match=r"blocks\.2"):
         model(ids, hidden_states=["blocks.2"])
 

@@ -209,6 +209,20 @@ def test_fair_esm_refuses_what_it_cannot_express(tmp_path, reference):
         write_fair_esm(config, reference[1].items(), tmp_path / "m.safetensors")
 
 
+@pytest.mark.parametrize("name", ["m.safetensors", "esm2_m.pt"])
+def test_fair_esm_files_keep_settings_that_fair_esm_passes_by(tmp_path, reference, name):
+    changes = {"max_position_embeddings": 260, "rope_theta": 500.0, "initializer_range": 0.01}
+    config = reference[0].model_copy(update=changes)
+    model = Esm2(config)
+    model.init_weights(seed=0)
+    state = model.state_dict()
+    write_fair_esm(config, state.items(), tmp_path / name)
+    back, tensors = native(read_fair_esm, tmp_path / name)
+    assert back == config
+    assert back.max_length == 256
+    assert_same(tensors, state)
+
+
 def test_rounded_frequencies_are_kept(tmp_path, fair_esm):
     rounded = {n: t.half() if n.endswith("inv_freq") else t for n, t in fair_esm.items()}
     _, tensors = native(read_fair_esm, save_fair_esm(tmp_path / "m.safetensors", rounded))

@@ -307,7 +307,9 @@ def test_hidden_states_by_name_index_and_alias():
     ids = tokens(1, 6)
     with torch.inference_mode():
         output = model(ids, hidden_states=["embedding_layer", 0, "decoder.layers.3", -1])
-        assert set(output.hidden_states) == {"embedding", "blocks.0", "blocks.3", "final_norm"}
+        canonical = {"embedding_layer": "embedding", "decoder.layers.3": "blocks.3"}
+        assert set(output.hidden_states) == {"blocks.0", "final_norm", *canonical, *canonical.values()}
+        assert all(output.hidden_states[alias] is output.hidden_states[name] for alias, name in canonical.items())
         assert torch.equal(output.hidden_states["embedding"], model.embedding(ids))
         assert torch.equal(output.hidden_states["final_norm"], model.final_norm(output.hidden_states["blocks.3"]))
         assert torch.equal(output.hidden_states["final_norm"] @ model.embedding.weight.T, output.logits)

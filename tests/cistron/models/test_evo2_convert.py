@@ -182,8 +182,9 @@ def pickled(path, **extra):
     return path
 
 
-def test_a_pickle_is_read_with_its_byte_streams(tmp_path):
-    path = pickled(tmp_path / "x.pt", **{"blocks.0.projections._extra_state": io.BytesIO(b"scales")})
+@pytest.mark.parametrize("content", [b"scales", b""])
+def test_a_pickle_is_read_with_its_byte_streams(content, tmp_path):
+    path = pickled(tmp_path / "x.pt", **{"blocks.0.projections._extra_state": io.BytesIO(content)})
     same(read(path, config=settings())[1], read(TINY)[1])
 
 

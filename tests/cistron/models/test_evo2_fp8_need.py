@@ -8,8 +8,11 @@ import pytest
 import torch
 from tests.cistron.models.evo2_formats import NATIVE, SAVANNA, mbridge, random_layers, savanna, vortex
 from tests.cistron.models.test_evo2_mbridge import write
+from tests.tiny_models import tiny_evo2
 
 from cistron.errors import ConfigError
+from cistron.models.checkpoint import read_config, save_checkpoint
+from cistron.models.convert import convert_checkpoint
 from cistron.models.evo2 import fp8_need
 from cistron.models.evo2.config import Evo2Config
 from cistron.models.evo2.convert import read_mbridge, read_savanna, read_vortex, write_mbridge
@@ -68,3 +71,14 @@ def test_every_reader_knows_the_need_and_what_was_decided_is_kept(tmp_path: Path
     (tmp_path / "again").mkdir()
     write_mbridge(tuned, tensors, tmp_path / "again")
     assert not read_mbridge(tmp_path / "again", config=None, trust_pickle=False)[0].requires_fp8
+
+
+@pytest.mark.parametrize("target", ["vortex", "savanna", "mbridge"])
+@pytest.mark.parametrize("needed", [True, False])
+def test_what_weights_need_survives_a_round_trip(target: str, needed: bool, tmp_path: Path):
+    model = tiny_evo2(requires_fp8=needed, fp8_scales=target != "mbridge")
+    native = save_checkpoint(model, tmp_path / "native")
+    foreign = tmp_path / ("mbridge" if target == "mbridge" else f"{target}.safetensors")
+    convert_checkpoint(native, foreign, source_format="cistron", target_format=target)
+    convert_checkpoint(foreign, tmp_path / "again", source_format=target)
+    assert read_config(tmp_path / "again").requires_fp8 is needed

@@ -10,6 +10,7 @@ from tests.tiny_models import ESM2, EVO2, tiny_esm2, tiny_evo2
 
 from cistron.errors import (
     CapabilityError,
+    CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
     UnknownNameError,
@@ -194,6 +195,22 @@ def test_a_model_is_loaded_from_a_folder_a_url_or_by_name(tmp_path: Path, monkey
         loaded = load_model(source)
         assert not loaded.training
         assert torch.equal(loaded.state_dict()["embedding.weight"], model.state_dict()["embedding.weight"])
+
+
+def test_short_names_are_folders_too_and_another_size_under_a_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CISTRON_MODELS", str(tmp_path))
+    for name, model in (("esm2_8m", tiny_esm2()), ("evo2_7b", tiny_evo2())):
+        save_checkpoint(model, tmp_path / name)
+        with pytest.raises(CheckpointError, match=rf"{name} is not \w+: hidden_size is \d+, of \w+ (320|4096)"):
+            load_model(name)
+
+
+def test_a_device_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CapabilityError, match="device cuda:1: this machine has no CUDA device"):
+        load_model(save_checkpoint(tiny_esm2(), tmp_path / "model"), device="cuda:1")
 
 
 def test_a_model_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -71,7 +71,8 @@ class ContactHead(nn.Module):
         Returns:
             [B, L, L] fp32, symmetric; zero outside of residues.
         """
-        weights = self.regression.weight[0, layer * self.num_heads : (layer + 1) * self.num_heads]
+        # A checkpoint may store the head in bf16 or fp16, and the maps are fp32.
+        weights = self.regression.weight[0, layer * self.num_heads : (layer + 1) * self.num_heads].float()
         kept = residues.float()[:, None, :, None]
         total = torch.zeros(len(q), q.shape[2], q.shape[2], device=q.device)
         for part in torch.split(torch.arange(self.num_heads, device=q.device), _heads_at_once(q)):
@@ -84,7 +85,7 @@ class ContactHead(nn.Module):
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Turn the sum of all shares into contact probabilities."""
-        return torch.sigmoid(logits + self.regression.bias)
+        return torch.sigmoid(logits + self.regression.bias.float())
 
 
 def _heads_at_once(q: torch.Tensor) -> int:

@@ -54,6 +54,10 @@ _FIELDS: Final = {
 }
 """The settings of fair-esm that vary between its ESM-2 files, and ours."""
 
+_KEPT: Final = ("initializer_range", "max_position_embeddings", "rope_theta")
+"""Settings of ours that fair-esm does not have and that change none of its numbers, because rotary frequencies are
+stored: they stand beside its own where they are not those of the published models, and fair-esm reads past them."""
+
 
 def fair_esm_name(native: str) -> str:
     """Return fair-esm's name of a native tensor other than the rotary frequencies.
@@ -116,25 +120,29 @@ def config_from_fair_esm(given: Mapping[str, Any], shapes: Mapping[str, torch.Si
         CheckpointError: neither settings nor shapes say how large the model is.
     """
     settings = {"token_dropout": True, **_shown_by_shapes(shapes), **given}
-    if unknown := sorted(settings.keys() - _FIELDS):
-        raise ConfigError(f"{path}: unknown fair-esm setting {unknown[0]!r} (allowed: {', '.join(_FIELDS)})")
+    if unknown := sorted(settings.keys() - {*_FIELDS, *_KEPT}):
+        allowed = ", ".join([*_FIELDS, *_KEPT])
+        raise ConfigError(f"{path}: unknown fair-esm setting {unknown[0]!r} (allowed: {allowed})")
     if absent := sorted(_FIELDS.keys() - settings):
         raise CheckpointError(f"{path}: no tensor shows {absent[0]}, and no setting gives it; is this an ESM-2?")
-    return Esm2Config.from_json({ours: settings[theirs] for theirs, ours in _FIELDS.items()})
+    kept = {name: settings[name] for name in _KEPT if name in settings}
+    return Esm2Config.from_json({ours: settings[theirs] for theirs, ours in _FIELDS.items()} | kept)
 
 
 def config_to_fair_esm(config: Esm2Config) -> dict[str, Any]:
-    """Return fair-esm's settings of `config`.
+    """Return fair-esm's settings of `config`, and those of ours that fair-esm passes by.
 
     Raises:
-        CheckpointError: fair-esm has no place for one of its features.
+        CheckpointError: fair-esm computes something else than one of the settings says.
     """
     if (config.intermediate_size, config.layer_norm_eps) != (4 * config.hidden_size, 1e-5):
         raise CheckpointError(
             "fair-esm fixes the MLP's width at 4 x hidden_size and layer_norm_eps at 1e-5; "
             f"got {config.intermediate_size} for {config.hidden_size}, and {config.layer_norm_eps}"
         )
-    return {name: getattr(config, ours) for name, ours in _FIELDS.items()}
+    kept = {name: getattr(config, name) for name in _KEPT}
+    changed = {name: value for name, value in kept.items() if value != Esm2Config.model_fields[name].default}
+    return {name: getattr(config, ours) for name, ours in _FIELDS.items()} | changed
 
 
 def pickled_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,7 +172,7 @@ def _stored_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     model = section.get("model") if isinstance(section, Mapping) else content.get("args")
     settings = vars(model) if isinstance(model, argparse.Namespace) else model
     settings = settings if isinstance(settings, Mapping) else {}
-    return {name: settings[name] for name in _FIELDS if name in settings}
+    return {name: settings[name] for name in (*_FIELDS, *_KEPT) if name in settings}
 
 
 def _shown_by_shapes(shapes: Mapping[str, torch.Size]) -> dict[str, int]:

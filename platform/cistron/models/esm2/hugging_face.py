@@ -18,14 +18,13 @@ import torch
 from cistron.errors import CheckpointError, ConfigError
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.spelling import CONTACT_HEAD, EMBEDDING, INV_FREQ, Entry, Spelling, weight_names
+from cistron.models.esm2.tokenizer_files import TOKENIZER_FILES
 from cistron.models.manifest import is_plain_name, read_json
 from cistron.models.shards import locate_tensors
 from cistron.models.sources import TensorSource, from_safetensors, from_tensors, unpickle
-from cistron.tokenizers import ESM2_TOKENS
 
 _PICKLED: Final = "pytorch_model.bin"
 _PICKLED_INDEX: Final = "pytorch_model.bin.index.json"
-_TOKENIZER_CONFIG: Final = {"model_max_length": 10**30, "tokenizer_class": "EsmTokenizer"}
 
 _LAYER_INV_FREQ: Final = "esm.encoder.layer.{}.attention.self.rotary_embeddings.inv_freq"
 _POSITIONS: Final = "esm.embeddings.position_embeddings.weight"
@@ -92,8 +91,8 @@ def open_folder(folder: Path, *, trust_pickle: bool) -> TensorSource:
 def write_description(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the files beside the weights: configuration, and vocabulary for ``AutoTokenizer``."""
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    (folder / "vocab.txt").write_text("\n".join(ESM2_TOKENS))
-    (folder / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n")
+    for name, text in TOKENIZER_FILES.items():
+        (folder / name).write_text(text)
 
 
 def _pickled_files(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from cistron.models.layers.inputs import check_rows, packed_offsets
+from cistron.tokenizers import ProteinTokenizer
 from cistron_kernels.rope import rotation
 
 
@@ -58,9 +59,10 @@ def padded_layout(
     """Lay out padded rows [B, L]; without an attention mask, padding is where the pad id stands.
 
     Raises:
-        InputError: wrong number of dimensions, no tokens, or a mask of another shape than the ids.
+        InputError: wrong number of dimensions, no tokens, an id outside the vocabulary, or a mask of another shape
+            than the ids.
     """
-    check_rows(input_ids, attention_mask)
+    check_rows(input_ids, attention_mask, vocab_size=ProteinTokenizer.vocab_size)
     real = input_ids != pad_id if attention_mask is None else attention_mask.bool()
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     return Layout(rotation=rotation(positions, inv_freq), real=real)
@@ -76,9 +78,10 @@ def packed_layout(
     """Lay out packed documents [T]; every token is real, whatever its id.
 
     Raises:
-        InputError: wrong shapes, offsets that do not run from 0 to T, or an attention mask beside them.
+        InputError: wrong shapes, an id outside the vocabulary, offsets that do not run from 0 to T, or an attention
+            mask beside them.
     """
-    offsets, positions = packed_offsets(input_ids, attention_mask, cu_seqlens)
+    offsets, positions = packed_offsets(input_ids, attention_mask, cu_seqlens, vocab_size=ProteinTokenizer.vocab_size)
     positions = positions.to(input_ids.device, non_blocking=True)
     return Layout(rotation=rotation(positions, inv_freq), cu_seqlens=offsets)
 

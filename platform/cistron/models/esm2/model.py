@@ -23,7 +23,16 @@ from cistron.models.esm2.contacts import ContactHead
 from cistron.models.esm2.layout import Layout, packed_layout, padded_layout
 from cistron.models.layers.buffers import Fp32Buffers
 from cistron.models.layers.linear import GeluLinear
-from cistron.models.naming import EMBEDDING, FINAL_NORM, LOGITS, MIXER, block_name, canonical_layer, parsed_inner_name
+from cistron.models.naming import (
+    EMBEDDING,
+    FINAL_NORM,
+    LOGITS,
+    MIXER,
+    block_name,
+    by_names_asked,
+    canonical_layer,
+    parsed_inner_name,
+)
 from cistron.models.outputs import ModelOutput, recorded
 from cistron.tokenizers import ProteinTokenizer
 
@@ -164,7 +173,8 @@ class Esm2(SequenceModel):
                     found[name] = x
             x = found[FINAL_NORM] = self.esm.encoder.emb_layer_norm_after(x)
             logits = found[LOGITS] = self.lm_head(x, self.esm.embeddings.word_embeddings.weight)
-        return ModelOutput(logits=logits, hidden_states={name: found[name] for name in names})
+        found = by_names_asked({name: found[name] for name in names}, hidden_states, num_layers=self.config.num_layers)
+        return ModelOutput(logits=logits, hidden_states=found)
 
     @torch.no_grad()
     def predict_contacts(self, input_ids: torch.Tensor, *, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

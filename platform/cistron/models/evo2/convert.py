@@ -119,6 +119,7 @@ def read_savanna(source: Path, *, config: Settings | None, trust_pickle: bool) -
 
     parsed = _configuration(config, noted, path, parse, _TRAINING)
     parsed = savanna.with_stored_lengths(parsed, tensors, path)
+    _note_unused_taps(parsed, path)
     place = savanna.norm_place(parsed, tensors)
     return _read(parsed, lambda found: savanna.savanna_spelling(found, place), tensors, path)
 
@@ -164,6 +165,7 @@ def read_mbridge(source: Path, *, config: Settings | None, trust_pickle: bool) -
         return mbridge_settings.config_from_mbridge({**stored, **settings}, tensors, path=folder)
 
     parsed = _configuration(given, noted, source, parse, _TRAINING)
+    _note_unused_taps(parsed, folder)
     fused = mbridge.is_fused(tensors)
     tensors = mbridge.cut_filters(tensors, parsed.hcm_filter_length)
     parsed, stream = _read(parsed, lambda found: mbridge.mbridge_spelling(found, fused=fused), tensors, folder)
@@ -210,6 +212,16 @@ def _read(
 def _followed_by(tensors: TensorStream, more: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     yield from tensors
     yield from more.items()
+
+
+def _note_unused_taps(config: Evo2Config, path: Path) -> None:
+    """Say that a part of the filters that no layer reads does not come along."""
+    if config.filter_cache_length > config.hcm_filter_length:
+        logger.info(
+            "%s: HCM filters are stored over %d tokens, of which the model uses %d; the rest is not kept, and zeros "
+            "are written for it",
+            *(path, config.filter_cache_length, config.hcm_filter_length),
+        )
 
 
 def _trainable(config: Evo2Config, tensors: NamedTensors) -> tuple[Evo2Config, TensorStream]:

@@ -12,6 +12,7 @@ import yaml
 
 from cistron.config import parse_yaml
 from cistron.models.evo2.config import Evo2Config
+from cistron.models.evo2.fp8_need import OWN_WORD
 from cistron.models.evo2.settings import check_constants, need
 from cistron.models.sources import TensorSource
 
@@ -134,7 +135,7 @@ def run_config(config: Evo2Config, *, round_inv_freq: bool) -> str:
     own = {
         "round_inv_freq": round_inv_freq,
         "filter_cache_length": config.filter_cache_length,
-        "requires_fp8": config.requires_fp8,
+        OWN_WORD: config.requires_fp8,
         # The provider takes these from constants of its own.
         "short_conv_L": config.short_filter_length,
         "hyena_short_conv_len": config.hcs_filter_length,

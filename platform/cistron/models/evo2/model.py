@@ -28,7 +28,15 @@ from cistron.models.evo2.initial import initial_tensor
 from cistron.models.evo2.layout import Layout, cached_layout, packed_layout, padded_layout
 from cistron.models.layers.buffers import Fp32Buffers
 from cistron.models.layers.linear import Linear
-from cistron.models.naming import EMBEDDING, FINAL_NORM, LOGITS, block_name, canonical_layer, parsed_inner_name
+from cistron.models.naming import (
+    EMBEDDING,
+    FINAL_NORM,
+    LOGITS,
+    block_name,
+    by_names_asked,
+    canonical_layer,
+    parsed_inner_name,
+)
 from cistron.models.outputs import ModelOutput, recorded
 from cistron.tokenizers import ByteTokenizer
 
@@ -139,7 +147,8 @@ class Evo2(SequenceModel):
             logits, found = self._run(input_ids, layout, cache, names, with_logits=with_logits)
         if cache is not None:
             cache.advance(input_ids.shape[1] if layout.lengths is None else layout.lengths)
-        return ModelOutput(logits=logits, hidden_states=found | inner)
+        found = by_names_asked(found | inner, hidden_states, num_layers=self.config.num_layers)
+        return ModelOutput(logits=logits, hidden_states=found)
 
     def init_weights(self, *, seed: int) -> None:
         """Fill every parameter and buffer with the published initialisation, the same numbers for the same seed."""

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from cistron.errors import CheckpointError, ConfigError
 from cistron.models.evo2.config import ATTENTION, HCL, HCM, HCS, Evo2Config
+from cistron.models.evo2.fp8_need import OWN_WORD
 from cistron.models.evo2.settings import FP8_OPTIONAL_WIDTH, check_constants, need
 from cistron.models.sources import TensorSource
 
@@ -98,6 +99,7 @@ def config_to_savanna(config: Evo2Config) -> dict[str, Any]:
         "rms_norm_epsilon": config.norm_eps,
         "no_weight_tying": not config.tie_embeddings,
         "use_fp8_input_projections": config.requires_fp8 or config.fp8_scales,
+        OWN_WORD: config.requires_fp8,
         **_CONSTANT,
     }
 

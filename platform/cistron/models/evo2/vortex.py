@@ -12,6 +12,7 @@ import torch
 
 from cistron.errors import CheckpointError, ConfigError
 from cistron.models.evo2.config import ATTENTION, HCL, HCM, HCS, Evo2Config
+from cistron.models.evo2.fp8_need import OWN_WORD
 from cistron.models.evo2.fp8_state import STATE_NAMES
 from cistron.models.evo2.settings import FP8_OPTIONAL_WIDTH, check_constants, need
 from cistron.models.evo2.spelling import Spelling, rows_by_head, rows_by_kind
@@ -158,6 +159,7 @@ def config_to_vortex(config: Evo2Config) -> dict[str, Any]:
         "mha_out_proj_bias": config.attention_output_bias,
         "tie_embeddings": config.tie_embeddings,
         "use_fp8_input_projections": config.requires_fp8 or config.fp8_scales,
+        OWN_WORD: config.requires_fp8,
         **_CONSTANT,
     }
 

@@ -38,6 +38,7 @@ _COPY_BYTES: Final = 1 << 24
 _RECONSTRUCT: Final = np.zeros(0).__reduce__()[0]
 _HARMLESS: Final = (
     io.BytesIO,
+    bytes,  # An empty one: of FP8 states of nothing.
     # Random states, which training software leaves beside the weights.
     (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
     (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),

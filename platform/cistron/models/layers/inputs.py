@@ -7,13 +7,14 @@ import torch
 from cistron.errors import InputError
 
 
-def check_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    """Check padded rows [B, L] and their mask.
+def check_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, *, vocab_size: int | None = None) -> None:
+    """Check padded rows [B, L] and their mask, and in host memory that ids are below `vocab_size`, if that is given.
 
     Raises:
-        InputError: no integer ids, wrong number of dimensions, no tokens, or a mask of another shape.
+        InputError: no integer ids, wrong number of dimensions, no tokens, an id outside the vocabulary, or a mask of
+            another shape.
     """
-    _check_ids(input_ids)
+    _check_ids(input_ids, vocab_size)
     if input_ids.dim() != 2 or not input_ids.numel():
         raise InputError(
             f"input_ids must be [B, L] with at least one token, or [T] together with cu_seqlens; "
@@ -26,16 +27,21 @@ def check_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> 
 
 
 def packed_offsets(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cu_seqlens: torch.Tensor
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    *,
+    vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Check packed documents [T]; return their offsets [N+1] and every token's position in its document [T].
 
-    Both are int64 on the host, where the loops over documents run.
+    Both are int64 on the host, where the loops over documents run. Ids are checked as by :func:`check_rows`.
 
     Raises:
-        InputError: wrong shapes, offsets that do not run from 0 to T, or an attention mask beside them.
+        InputError: wrong shapes, an id outside the vocabulary, offsets that do not run from 0 to T, or an attention
+            mask beside them.
     """
-    _check_ids(input_ids)
+    _check_ids(input_ids, vocab_size)
     if attention_mask is not None:
         raise InputError("attention_mask does not apply to packed input: cu_seqlens already says what is real")
     if input_ids.dim() != 1 or not input_ids.numel():
@@ -49,6 +55,13 @@ def packed_offsets(
     return offsets, torch.arange(len(input_ids)) - offsets[:-1].repeat_interleave(lengths)
 
 
-def _check_ids(input_ids: torch.Tensor) -> None:
+def _check_ids(input_ids: torch.Tensor, vocab_size: int | None) -> None:
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise InputError(f"input_ids must be int64 or int32 token ids, got {input_ids.dtype}")
+    # On a GPU, looking would make the CPU wait at every pass; there the embedding's own assertion stops a bad id.
+    if vocab_size is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+        return
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        outside = low if low < 0 else high
+        raise InputError(f"input_ids: {outside} is outside the vocabulary, ids 0 to {vocab_size - 1}")
