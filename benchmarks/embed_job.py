@@ -18,11 +18,11 @@ from typing import Any, Final
 
 import pyarrow.parquet as pq
 
+from benchmarks.proteins import proteins_file
 from cistron.io.fasta import read_fasta
 from cistron.models.checkpoint import save_checkpoint
 from cistron.models.registry import build_model
 
-SAMPLE: Final = Path(__file__).parents[1] / "jobs/cistron_jobs/sample_data/uniprot_2k.fasta.gz"
 MODEL: Final = "esm2_8m"
 RECORDS_PER_PART: Final = 256
 PARTS_BEFORE_THE_KILL: Final = 3
@@ -31,14 +31,14 @@ _RATE: Final = re.compile(r"in ([\d.,]+) s: ([\d,]+) tokens/s, padding ([\d.]+) 
 
 def run() -> list[dict[str, Any]]:
     """Return one row per way of running; a lost, doubled or different row is an error."""
-    source = Path(os.environ.get("CISTRON_PROTEINS", SAMPLE))
+    source = proteins_file()
     names = [record.name for record in read_fasta(source)]
     with tempfile.TemporaryDirectory(prefix="cistron-") as folder:
         model = build_model(MODEL)
         model.init_weights(seed=0)
         save_checkpoint(model, Path(folder) / "model")
         resumed, two = Path(folder) / "resumed.parquet", Path(folder) / "two.parquet"
-        kept = _killed(_command(source, resumed, actors=0))
+        kept = _killed(_command(source, resumed, actors=0), resumed)
         rows = [
             {"run": f"resumed after a kill, {kept} parts kept", **_finished(_command(source, resumed, actors=0))},
             {"run": "two actors", **_finished(_command(source, two, actors=2))},
@@ -64,9 +64,9 @@ def _command(source: Path, output: Path, *, actors: int) -> list[str]:
     return [cistron, "embed", *(f"{name}={value}" for name, value in settings.items())]
 
 
-def _killed(command: list[str]) -> int:
+def _killed(command: list[str], output: Path) -> int:
     """Start the job, kill it after a few parts, and return how many it has left."""
-    parts = Path(next(word for word in command if word.startswith("output=")).removeprefix("output=") + ".parts")
+    parts = Path(f"{output}.parts")
     process = subprocess.Popen(command, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list(parts.glob("*.parquet"))) < PARTS_BEFORE_THE_KILL:
         time.sleep(0.2)

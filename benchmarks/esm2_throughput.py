@@ -6,25 +6,23 @@ interpreter of an environment with esm-cpp, which needs another NumPy than this 
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import torch
 import transformers
 
 from benchmarks.esm_cpp import EsmCpp
+from benchmarks.proteins import proteins_file
 from cistron.inference.batching import length_sorted_batches, packed
 from cistron.io.fasta import read_fasta
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.model import Esm2
 from cistron.models.layers.int8 import QuantizationReport, quantize_linears
 
-SAMPLE: Final = Path(__file__).parents[1] / "jobs/cistron_jobs/sample_data/uniprot_2k.fasta.gz"
 SHAPE: Final = Esm2Config(hidden_size=480, num_hidden_layers=12, num_attention_heads=20)
 SEQUENCES: Final = 96
 HUGGING_FACE_BATCH: Final = 8
@@ -80,8 +78,7 @@ def _hugging_face(model: Esm2, attention: str) -> torch.nn.Module:
 
 def _mixes() -> dict[str, list[str]]:
     """Draw both mixes: cropped as in training, and of the length of an antibody's variable domain."""
-    source = os.environ.get("CISTRON_PROTEINS", SAMPLE)
-    proteins = [record.sequence for record in read_fasta(source)]
+    proteins = [record.sequence for record in read_fasta(proteins_file())]
     generator = random.Random(0)
     long = [protein for protein in proteins if len(protein) >= 130]
     return {
