@@ -198,6 +198,8 @@ def backward_kernel(
     turned = (tl.trans(block0), tl.trans(block1), tl.trans(block2))
     # The filter of the projection reaches two tokens into the chunk after the last, which is gone through as well.
     chunks = steps + 1 if GATED else steps
+    # Without a way around the loop, what stands after it is computed after it: no register keeps it through the loop.
+    tl.assume(chunks > 0)
     stop = start + steps * TOKENS
     at = start + chunks * TOKENS + tl.arange(0, TOKENS)[None, None, :]
     later1 = _load_outgoing(

@@ -32,7 +32,7 @@ class ChunkedScan(torch.autograd.Function):
         from_state: torch.Tensor,
         log_decay: torch.Tensor,
         initial: torch.Tensor,
-        whole: torch.Tensor,
+        whole: torch.Tensor | int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the scan.
 
@@ -44,12 +44,13 @@ class ChunkedScan(torch.autograd.Function):
             from_state: [H, S, C], from the state before a chunk to its outputs.
             log_decay: [H, S], the logarithm of what a chunk leaves of the state before it.
             initial: [H, B, S], the state before the first chunk.
-            whole: [B], chunks after which each row's state is wanted.
+            whole: [B], chunks after which each row's state is wanted, or one number of at least 1 for all rows.
 
         Returns:
             y [H, B, n, C] and the wanted states [H, B, S].
         """
-        ctx.save_for_backward(x, toeplitz, to_state, from_state, log_decay, initial, whole)
+        ctx.save_for_backward(x, toeplitz, to_state, from_state, log_decay, initial)
+        ctx.whole = whole
         (batch, channels, length), size = x.shape, toeplitz.shape[-1]
         y = _new((channels, batch, -(-length // size), size), toeplitz)
         reached = torch.empty_like(initial)
@@ -66,7 +67,8 @@ class ChunkedScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor, grad_reached: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Transpose every product of `forward` and run the recurrence from the last chunk to the first."""
-        x, toeplitz, to_state, from_state, log_decay, initial, whole = ctx.saved_tensors
+        x, toeplitz, to_state, from_state, log_decay, initial = ctx.saved_tensors
+        whole = ctx.whole
         grad_x = _new(grad_y.shape, toeplitz)
         others = (toeplitz, to_state, from_state, log_decay, initial)
         grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in others]
@@ -104,19 +106,21 @@ class _BlockStates:
         to_state: torch.Tensor,
         log_decay: torch.Tensor,
         initial: torch.Tensor,
-        whole: torch.Tensor,
+        whole: torch.Tensor | int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the states [h, R, S] before the chunks in rows [h, R, C], which the next call overwrites.
 
-        The second tensor [h, B, S] has the states after `whole` [B] chunks.
+        The second tensor [h, B, S] has the states after `whole` chunks.
         """
         count = len(rows) * rows.shape[1]
         after = self._memory[1 : count + 1].view(len(rows), *self._shape)
         torch.bmm(rows, to_state, out=after.flatten(1, 2))
         after[:, :, 0].addcmul_(log_decay.exp()[:, None], initial)
         accumulate(after, log_decay)
-        reached = after[:, torch.arange(len(whole), device=rows.device), (whole - 1).clamp(min=0)]
-        reached = torch.where(whole[:, None] > 0, reached, initial)
+        if isinstance(whole, int):
+            reached = after[:, :, whole - 1].clone()
+        else:
+            reached = torch.where(whole[:, None] > 0, after[_chunk_of_rows((whole - 1).clamp(min=0))], initial)
         before = self._memory[:count].view(len(rows), *self._shape)
         before[:, :, 0] = initial
         return before.flatten(1, 2), reached
@@ -157,12 +161,17 @@ def _rows(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.reshape(len(x), -1, size)
 
 
+def _chunk_of_rows(chunks: torch.Tensor) -> tuple[slice, torch.Tensor, torch.Tensor]:
+    """Return the index that takes one chunk of each row, `chunks` [B], from [h, B, n, S]."""
+    return slice(None), torch.arange(len(chunks), device=chunks.device), chunks
+
+
 def _adjoint(
-    direct: torch.Tensor, grad_reached: torch.Tensor, whole: torch.Tensor, log_decay: torch.Tensor
+    direct: torch.Tensor, grad_reached: torch.Tensor, whole: torch.Tensor | int, log_decay: torch.Tensor
 ) -> torch.Tensor:
     """Return the gradients [h, B, n+1, S] of all states from those through the outputs [h, B, n, S] and `reached`."""
     direct = functional.pad(direct, (0, 0, 0, 1))
-    direct[:, torch.arange(len(whole), device=whole.device), whole] += grad_reached
+    direct[(slice(None), slice(None), whole) if isinstance(whole, int) else _chunk_of_rows(whole)] += grad_reached
     backwards = direct.flip(2)
     accumulate(backwards, log_decay)
     return backwards.flip(2)
@@ -174,11 +183,14 @@ def accumulate(updates: torch.Tensor, log_decay: torch.Tensor) -> None:
     Each update meets log2(n) powers, rounded once each; n steps in turn would repeat the rounding of one power n times,
     which a pole that survives thousands of chunks shows in fp32.
     """
-    doublings = 2 ** torch.arange(updates.shape[2].bit_length(), device=updates.device)
-    _accumulate_by_pairs(updates, (doublings[:, None, None] * log_decay).exp()[..., None, None, :])
+    levels = torch.arange(updates.shape[2].bit_length(), dtype=log_decay.dtype, device=updates.device)
+    log_decays = levels.exp2()[:, None, None] * log_decay
+    # What decays below the normal numbers is lost beside any update, and exp() takes four times as long to get there.
+    decays = log_decays.clamp_(min=1 + math.log(torch.finfo(log_decay.dtype).tiny)).exp_()
+    _accumulate_by_pairs(updates, decays[..., None, None, :].unbind())
 
 
-def _accumulate_by_pairs(updates: torch.Tensor, decays: torch.Tensor) -> None:
+def _accumulate_by_pairs(updates: torch.Tensor, decays: tuple[torch.Tensor, ...]) -> None:
     """Do so for every other one by the recurrence over pairs of steps, and for the rest by one step from those.
 
     `decays` are those of 1, 2, 4, ... steps.

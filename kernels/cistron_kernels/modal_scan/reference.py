@@ -31,7 +31,7 @@ def modal_scan(
         powers = (log_poles[..., None] * torch.arange(size + 1, device=x.device, dtype=wide)).exp()
         responses = residues[..., None] * powers
         to_state = powers[..., :size].flip(-1).mT
-        whole = x.new_full((batch,), length // size, dtype=torch.long) if lengths is None else lengths // size
+        whole = length // size if lengths is None else lengths // size
         y, reached = ChunkedScan.apply(  # type: ignore[no-untyped-call]
             x,
             _toeplitz(responses[..., :size].sum(1)),
@@ -63,6 +63,8 @@ def _final_state(
     rest: int | torch.Tensor
     if lengths is None:
         rest = length % size
+        if rest == 0:
+            return reached
         tail, to_state = x[..., length - rest :], to_state[:, size - rest :]
     else:
         rest = (lengths % size)[:, None, None]
