@@ -117,10 +117,10 @@ class _BlockStates:
         torch.bmm(rows, to_state, out=after.flatten(1, 2))
         after[:, :, 0].addcmul_(log_decay.exp()[:, None], initial)
         accumulate(after, log_decay)
-        if isinstance(whole, int):
-            reached = after[:, :, whole - 1].clone()
-        else:
+        if isinstance(whole, torch.Tensor):
             reached = torch.where(whole[:, None] > 0, after[_chunk_of_rows((whole - 1).clamp(min=0))], initial)
+        else:
+            reached = after[_chunk_of_rows(whole - 1)].clone()
         before = self._memory[:count].view(len(rows), *self._shape)
         before[:, :, 0] = initial
         return before.flatten(1, 2), reached
@@ -161,9 +161,12 @@ def _rows(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.reshape(len(x), -1, size)
 
 
-def _chunk_of_rows(chunks: torch.Tensor) -> tuple[slice, torch.Tensor, torch.Tensor]:
-    """Return the index that takes one chunk of each row, `chunks` [B], from [h, B, n, S]."""
-    return slice(None), torch.arange(len(chunks), device=chunks.device), chunks
+def _chunk_of_rows(chunks: torch.Tensor | int) -> tuple[slice, torch.Tensor | slice, torch.Tensor | int]:
+    """Return the index that takes from [h, B, n, S] one chunk of each row, `chunks` [B] or the same one of all."""
+    all_rows = slice(None)
+    if isinstance(chunks, torch.Tensor):
+        return all_rows, torch.arange(len(chunks), device=chunks.device), chunks
+    return all_rows, all_rows, chunks
 
 
 def _adjoint(
@@ -171,7 +174,7 @@ def _adjoint(
 ) -> torch.Tensor:
     """Return the gradients [h, B, n+1, S] of all states from those through the outputs [h, B, n, S] and `reached`."""
     direct = functional.pad(direct, (0, 0, 0, 1))
-    direct[(slice(None), slice(None), whole) if isinstance(whole, int) else _chunk_of_rows(whole)] += grad_reached
+    direct[_chunk_of_rows(whole)] += grad_reached
     backwards = direct.flip(2)
     accumulate(backwards, log_decay)
     return backwards.flip(2)
