@@ -396,7 +396,7 @@ def test_documents_of_similar_length_share_a_view():
     from cistron.models.evo2.layout import packed_layout
 
     ids, cu_seqlens = packed([tokens(length) for length in (1, 100, 5, 90, 7, 4)])
-    layout = packed_layout(ids, None, cu_seqlens)
+    layout = packed_layout(ids, None, cu_seqlens, vocab_size=512)
     assert [bucket.shape for bucket in layout.buckets] == [(1, 1), (3, 7), (2, 100)]
     assert sorted(torch.cat([bucket.tokens for bucket in layout.buckets]).tolist()) == list(range(len(ids)))
     starts = [layout.positions[start].item() for start, _ in pairwise(cu_seqlens.tolist())]

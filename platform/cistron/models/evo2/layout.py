@@ -67,24 +67,26 @@ class Layout:
         return torch.empty_like(joined).index_copy(0, order, joined)
 
 
-def padded_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Layout:
+def padded_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, *, vocab_size: int) -> Layout:
     """Lay out right-padded rows [B, L]; a causal model needs no mask to ignore what is on the right.
 
     Raises:
-        InputError: wrong shapes or dtype, no tokens, or padding that is not on the right.
+        InputError: wrong shapes or dtype, no tokens, an id outside the vocabulary, or padding that is not on the right.
     """
-    check_rows(input_ids, attention_mask)
+    check_rows(input_ids, attention_mask, vocab_size=vocab_size)
     _real_lengths(attention_mask)
     return Layout(positions=torch.arange(input_ids.shape[1], device=input_ids.device))
 
 
-def cached_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache) -> Layout:
+def cached_layout(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache, *, vocab_size: int
+) -> Layout:
     """Lay out the next chunk of the cache's rows, [B, L].
 
     Raises:
         InputError: as :func:`padded_layout`, or another number of rows than the cache has.
     """
-    check_rows(input_ids, attention_mask)
+    check_rows(input_ids, attention_mask, vocab_size=vocab_size)
     if len(input_ids) != cache.batch_size:
         raise InputError(f"the cache has {cache.batch_size} rows, input_ids has {len(input_ids)}")
     lengths = _real_lengths(attention_mask)
@@ -92,13 +94,16 @@ def cached_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, 
     return Layout(positions=cache.lengths[:, None] + offsets, lengths=lengths)
 
 
-def packed_layout(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cu_seqlens: torch.Tensor) -> Layout:
+def packed_layout(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cu_seqlens: torch.Tensor, *, vocab_size: int
+) -> Layout:
     """Lay out packed documents [T].
 
     Raises:
-        InputError: wrong shapes, offsets that do not run from 0 to T, or an attention mask beside them.
+        InputError: wrong shapes, an id outside the vocabulary, offsets that do not run from 0 to T, or an attention
+            mask beside them.
     """
-    offsets, positions = packed_offsets(input_ids, attention_mask, cu_seqlens)
+    offsets, positions = packed_offsets(input_ids, attention_mask, cu_seqlens, vocab_size=vocab_size)
     return Layout(
         positions=positions.to(input_ids.device),
         cu_seqlens=offsets,

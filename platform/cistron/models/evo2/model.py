@@ -142,7 +142,7 @@ class Evo2(SequenceModel):
             UnknownNameError: a representation of that name does not exist.
         """
         names = {canonical_layer(layer, num_layers=self.config.num_layers) for layer in hidden_states}
-        layout = _layout(input_ids, attention_mask, cu_seqlens, cache)
+        layout = _layout(input_ids, attention_mask, cu_seqlens, cache, vocab_size=self.config.vocab_size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None), recorded(self._inner(names)) as inner:
             logits, found = self._run(input_ids, layout, cache, names, with_logits=with_logits)
         if cache is not None:
@@ -210,12 +210,14 @@ def _layout(
     attention_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     cache: Cache | None,
+    *,
+    vocab_size: int,
 ) -> Layout:
     """Return the layout of one of the three forms of input."""
     if cu_seqlens is None:
         if cache is None:
-            return padded_layout(input_ids, attention_mask)
-        return cached_layout(input_ids, attention_mask, cache)
+            return padded_layout(input_ids, attention_mask, vocab_size=vocab_size)
+        return cached_layout(input_ids, attention_mask, cache, vocab_size=vocab_size)
     if cache is not None:
         raise InputError("a cache holds rows, so it does not go with packed input; pass input_ids [B, L]")
-    return packed_layout(input_ids, attention_mask, cu_seqlens)
+    return packed_layout(input_ids, attention_mask, cu_seqlens, vocab_size=vocab_size)

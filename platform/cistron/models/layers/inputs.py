@@ -7,8 +7,8 @@ import torch
 from cistron.errors import InputError
 
 
-def check_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, *, vocab_size: int | None = None) -> None:
-    """Check padded rows [B, L] and their mask, and in host memory that ids are below `vocab_size`, if that is given.
+def check_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, *, vocab_size: int) -> None:
+    """Check padded rows [B, L] and their mask, and, in host memory, that ids are below `vocab_size`.
 
     Raises:
         InputError: no integer ids, wrong number of dimensions, no tokens, an id outside the vocabulary, or a mask of
@@ -31,7 +31,7 @@ def packed_offsets(
     attention_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor,
     *,
-    vocab_size: int | None = None,
+    vocab_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Check packed documents [T]; return their offsets [N+1] and every token's position in its document [T].
 
@@ -55,11 +55,11 @@ def packed_offsets(
     return offsets, torch.arange(len(input_ids)) - offsets[:-1].repeat_interleave(lengths)
 
 
-def _check_ids(input_ids: torch.Tensor, vocab_size: int | None) -> None:
+def _check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise InputError(f"input_ids must be int64 or int32 token ids, got {input_ids.dtype}")
     # On a GPU, looking would make the CPU wait at every pass; there the embedding's own assertion stops a bad id.
-    if vocab_size is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
         return
     low, high = (int(bound) for bound in input_ids.aminmax())
     if low < 0 or high >= vocab_size:
