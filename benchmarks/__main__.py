@@ -12,6 +12,7 @@ from benchmarks.timing import write_record
 
 BENCHMARKS = (
     "contact_memory",
+    "cpu_ops",
     "decode",
     "embed_job",
     "esm2_throughput",

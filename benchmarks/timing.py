@@ -8,27 +8,46 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
+KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_MMAP_THRESHOLD_": "4294967296"}
+"""For the C library's allocator: tensors above 32 MiB are not returned to the system when they are freed."""
 RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 5) -> dict[str, float]:
-    """Return each candidate's median seconds; they take turns, so that a noisy minute hurts all alike."""
+    """Return each candidate's median seconds.
+
+    They take turns, so that a noisy minute hurts all alike, and every other round in the opposite order, so that none
+    always finds the caches that the same other one left.
+    """
     for run in candidates.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, run in candidates.items():
+    for i in range(rounds):
+        for name, run in list(candidates.items())[:: 1 if i % 2 == 0 else -1]:
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str]) -> Any:
+    """Return what a module's function returns in a process of its own, with more environment variables."""
+    os.environ.update(environment)
+    try:
+        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    finally:
+        for name in environment:
+            del os.environ[name]
 
 
 def write_record(name: str, rows: list[dict[str, Any]]) -> Path:

@@ -6,23 +6,34 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from benchmarks.gpu import __main__ as command
+from benchmarks.gpu.batches import dna, proteins
 from benchmarks.gpu.budget import Allowance, Share
-from benchmarks.gpu.cases import all_cases
+from benchmarks.gpu.cases import all_cases, run_by
 from benchmarks.gpu.cases.case import Ceilings, Cost, Shape, relative_error
-from benchmarks.gpu.check import _judged
+from benchmarks.gpu.check import Finding, _judged
+from benchmarks.gpu.checks import _problem, compile_what_is_timed
+from benchmarks.gpu.contenders import times
+from benchmarks.gpu.context import Context
 from benchmarks.gpu.flops import esm2_flops, evo2_flops
-from benchmarks.gpu.plan import EVO2_7B, measurement
+from benchmarks.gpu.measure import Clock
+from benchmarks.gpu.plan import EVO2_7B, Training, measurement, rehearsal
 from benchmarks.gpu.processes import isolated
-from benchmarks.gpu.random_models import config_of
+from benchmarks.gpu.random_models import config_of, random_esm2, random_evo2
+
+from cistron.parallel.module import LossModule
+from cistron_kernels.dispatch import Decision
 
 OPS = {path.parent.name for path in Path("kernels/cistron_kernels").glob("*/reference.py")}
 
 
+# torch.compile itself does that, where the op in plain PyTorch has a backward pass of its own.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_rehearsal_runs_every_section_and_claims_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rows = command.main(["--toy", "--output", str(tmp_path)])
     record = json.loads((tmp_path / "gpu-rehearsal.json").read_text())
@@ -32,6 +43,8 @@ def test_a_rehearsal_runs_every_section_and_claims_no_number(tmp_path: Path, cap
     assert {row["section"] for row in record["rows"]} == set(command.SECTIONS)
     assert [row.problem for row in rows if row.problem and not row.problem.startswith("skipped: CUDA graphs")] == []
     assert not any(row["figures"] or row["share"] or row["beside"] for row in record["rows"])
+    assert {problem for row in rows for problem in row.contenders.values()} <= {"", "runs on GPUs only"}
+    assert sum("compiled" in row.contenders for row in rows) == sum(case.compiled for case in all_cases().values())
     assert "no number means anything" in capsys.readouterr().out
 
 
@@ -55,9 +68,73 @@ def test_a_failed_check_withholds_the_times(monkeypatch: pytest.MonkeyPatch, tmp
     for module in ("checks", "kernels"):
         monkeypatch.setattr(f"benchmarks.gpu.{module}.all_cases", lambda: only)
     rows = command.main(["--toy", "--sections", "kernels", "--output", str(tmp_path)])
-    assert [row.section for row in rows] == ["ceilings", "ceilings", "checks", "kernels"]
+    assert [row.section for row in rows] == ["ceilings", "ceilings", "checks", "kernels", "kernels"]
     assert "is off by" in rows[2].problem
-    assert rows[3].problem == "not timed: its check failed"
+    assert {row.problem for row in rows[3:]} == {"not timed: no check was passed by bias_gelu"}
+
+
+def test_a_failed_op_leaves_no_training_figure_of_its_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    right, wrong = Finding("bf16", "rows", 0, 0), Finding("bf16", "rows", 0, 1, "gradient 0 is off by 1.0e+00")
+    monkeypatch.setattr("benchmarks.gpu.checks.check", lambda name, plan: [wrong if name == "bias_gelu" else right])
+    rows = command.main(["--toy", "--sections", "training", "--output", str(tmp_path)])
+    problems = {row.what: row.problem for row in rows if row.section == "training"}
+    assert problems.pop("ESM-2 tiny") == "not timed: no check was passed by bias_gelu"
+    assert set(problems.values()) == {""}
+
+
+def test_what_nobody_looked_at_is_not_checked():
+    case = all_cases()["bias_gelu"]
+    assert _problem(case, []) == "not checked"
+    assert _problem(case, [Finding("bf16", "rows", 0, 0), Finding("fp32", "rows", 0, None)]) == "not checked"
+    assert _problem(case, [Finding("bf16", "rows", 0, 0)]) == ""
+
+
+def test_checks_that_die_leave_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("benchmarks.gpu.checks.isolated", lambda *names, **options: 1 / 0)
+    rows = command.main(["--toy", "--output", str(tmp_path)])
+    timed = [row for row in rows if row.section not in ("ceilings", "checks")]
+    assert {row.section for row in timed} == {"kernels", "length", "training", "decode"}
+    assert all(row.problem.startswith("not timed: no check was passed by") for row in timed)
+
+
+@pytest.mark.parametrize("section", ["kernels", "length", "training", "decode"])
+def test_nothing_is_timed_before_the_checks(section: str):
+    assert command._with_their_needs([section]) == ["ceilings", "checks", section]
+
+
+@pytest.mark.parametrize("training", rehearsal().trainings, ids=lambda training: training.model)
+def test_training_waits_for_the_ops_that_it_runs(monkeypatch: pytest.MonkeyPatch, training: Training):
+    ran = set[str]()
+    monkeypatch.setattr("cistron_kernels.dispatch.decision", lambda op: ran.add(op) or Decision("torch", ""))
+    evo2 = training.model.startswith("evo2")
+    build, make = (random_evo2, partial(dna, 16)) if evo2 else (random_esm2, proteins)
+    plan = rehearsal()
+    model = build(training.model, device=plan.device, dtype=torch.float32, **plan.changes[training.model])
+    LossModule(model, "bf16")(**make(plan.device, 16, 0)).backward()
+    assert ran == {all_cases()[name].op for name in run_by("evo2" if evo2 else "esm2", "training")}
+
+
+def test_what_a_peer_overwrites_is_fresh_at_each_call():
+    case, seen = all_cases()["cross_entropy, evo2"], list[float]()
+
+    def overwriting(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(float(logits.detach().square().sum()))
+        loss = logits.sum()
+        logits.detach().zero_()
+        return loss
+
+    plan = rehearsal()
+    context = Context(plan, Clock(plan.device))
+    (peer,) = case.peers
+    times(context, case, Shape(plan.models["evo2"][0], 1, 12), overwriting, peer, compared=False)
+    assert len(seen) == 3
+    assert len(set(seen)) == 1
+    assert seen[0] > 0
+
+
+def test_what_is_compiled_ahead_is_what_is_timed():
+    for name in ("glu, gelu", "cross_entropy, esm2", "gated_fir_step, HCS"):
+        compile_what_is_timed(name, rehearsal())
 
 
 def test_errors_are_judged_by_a_limit_and_by_plain_pytorch():
@@ -101,6 +178,11 @@ def test_costs_are_the_bytes_of_the_operands():
 
 def test_the_plan_of_a_measurement_fits_into_eight_minutes():
     assert sum(measurement(torch.device("cuda")).shares.values()) < 450
+
+
+def test_every_op_is_timed_at_the_widths_of_both_evo2():
+    for models in measurement(torch.device("cuda")).models.values():
+        assert [model.width for model in models] == [1_920, 4_096]
 
 
 def test_processes_are_isolated():

@@ -21,13 +21,18 @@ class Context:
         plan: sizes and times.
         clock: measures.
         ceilings: of this run; unmeasured ones make every share of them 0.
-        failed: why each case that must not be timed failed its check.
+        passed: cases whose outputs and gradients were checked and are right; nothing else may be timed.
     """
 
     plan: Plan
     clock: Clock
     ceilings: Ceilings = field(default_factory=lambda: Ceilings(math.inf, math.inf))
-    failed: dict[str, str] = field(default_factory=dict)
+    passed: set[str] = field(default_factory=set)
+
+    def withheld(self, *names: str) -> str:
+        """Return why what runs these cases must not be timed: some did not pass. Empty where all did."""
+        missing = [name for name in names if name not in self.passed]
+        return f"not timed: no check was passed by {'; '.join(missing)}" if missing else ""
 
     def free(self) -> None:
         """Give back the device's memory that nothing holds any more."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.budget import Share
+from benchmarks.gpu.cases import run_by
 from benchmarks.gpu.cases.case import BF16_BYTES, relative_error
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.random_models import random_evo2
@@ -37,6 +38,9 @@ _FP32_BYTES = 4
 def run(context: Context, share: Share) -> Iterator[Row]:
     """Yield the rows of each batch of prompts: reading, steps, and replayed steps."""
     plan = context.plan
+    if problem := context.withheld(*run_by("evo2", "decoding")):
+        yield Row("decode", plan.decode_model, problem=problem)
+        return
     model = random_evo2(
         plan.decode_model, device=plan.device, dtype=torch.bfloat16, **plan.changes.get(plan.decode_model, {})
     ).eval()

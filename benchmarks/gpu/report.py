@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -41,6 +41,7 @@ class Row:
         asked: the goal.
         met: whether it was reached; None without a goal.
         problem: why there is no measurement, or what is wrong with it.
+        contenders: why each form of an op has no time, empty where it has one; a rehearsal keeps these.
         figures: all numbers, for the record.
     """
 
@@ -53,12 +54,13 @@ class Row:
     asked: str = ""
     met: bool | None = None
     problem: str = ""
+    contenders: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
 
     def blank(self) -> Row:
         """Return the row of a rehearsal: whatever was done, without a number."""
         shown = "" if self.problem else "rehearsed"
-        return Row(self.section, self.what, self.size, shown, asked=self.asked, problem=self.problem)
+        return replace(self, shown=shown, share="", beside="", met=None, figures={})
 
     def cells(self) -> list[str]:
         """Return the table's cells."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from itertools import pairwise
+from typing import Final, NoReturn
 
 import torch
+
+INDEX_DTYPES: Final = (torch.int32, torch.int64)
 
 
 def refuse(op: str, problem: str, **tensors: torch.Tensor | None) -> NoReturn:
@@ -27,6 +30,31 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
     """Raise ValueError unless all tensors are on one device."""
     if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
         refuse(op, "all tensors must be on one device", **tensors)
+
+
+def check_lengths(
+    op: str, lengths: torch.Tensor | None, batch: int, length: int, **tensors: torch.Tensor | None
+) -> None:
+    """Raise ValueError unless lengths are [B] int32 or int64 and, where that is seen without waiting, from 0 to L."""
+    if lengths is None:
+        return
+    if lengths.shape != (batch,) or lengths.dtype not in INDEX_DTYPES:
+        refuse(op, "lengths must be [B] whole numbers, int32 or int64", **tensors, lengths=lengths)
+    if lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in lengths.aminmax())
+        if low < 0 or high > length:
+            problem = f"lengths must be from 0 to {length}, not from {low} to {high}"
+            refuse(op, problem, **tensors, lengths=lengths)
+
+
+def checked_offsets(op: str, cu_seqlens: torch.Tensor, tokens: int, **tensors: torch.Tensor | None) -> list[int]:
+    """Return the offsets as a list; ValueError unless they run from 0 to `tokens` without decreasing."""
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != tokens or any(b < a for a, b in pairwise(offsets)):
+        shown = f"[{', '.join(map(str, offsets[:16]))}{', ...' if len(offsets) > 16 else ''}]"
+        problem = f"cu_seqlens must run from 0 to {tokens} without decreasing, not {shown}"
+        refuse(op, problem, cu_seqlens=cu_seqlens, **tensors)
+    return offsets
 
 
 def check_floating(op: str, **tensors: torch.Tensor | None) -> None:

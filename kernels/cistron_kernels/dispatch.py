@@ -36,10 +36,12 @@ class Decision:
     Attributes:
         backend: which one.
         reason: why, for the log and for reports.
+        by_name: an override names the op, so no other library's kernel stands in for its own.
     """
 
     backend: Backend
     reason: str
+    by_name: bool = False
 
 
 def decision(op: str) -> Decision:
@@ -50,7 +52,7 @@ def decision(op: str) -> Decision:
         RuntimeError: it asks for Triton, which cannot run here.
     """
     forced = _overrides.get(op, _overrides.get(None))
-    return _decided(op) if forced is None else Decision(forced, "overridden")
+    return _decided(op) if forced is None else Decision(forced, "overridden", by_name=op in _overrides)
 
 
 def takes_triton(op: str, *tensors: torch.Tensor) -> bool:
@@ -88,7 +90,7 @@ _decided._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _decide() -> Decision:
-    asked = os.environ.get(_VARIABLE, "auto")
+    asked = os.environ.get(_VARIABLE) or "auto"
     if asked not in (allowed := ("auto", *get_args(Backend))):
         raise ValueError(f"{_VARIABLE}={asked!r} (allowed: {', '.join(allowed)})")
     if asked == "torch":

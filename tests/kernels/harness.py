@@ -74,49 +74,50 @@ def fenced(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """Return a copy, with the same strides, that stands in the middle of NaN (integers: of numbers far outside)."""
     if tensor is None:
         return None
-    copy = _fenced_like(tensor.shape, tensor.stride(), tensor.dtype)
+    _, copy = _fenced_like(tensor)
     return copy.copy_(tensor)
 
 
 @contextmanager
 def guarded_memory() -> Iterator[None]:
-    """Fill what kernels allocate with NaN, put fences around it, and fail where a fence was written to."""
-    buffers: list[tuple[torch.Tensor, int, int]] = []
+    """Fill what is allocated on the CPU with NaN, fence it, and fail where something was written around or between."""
+    buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def empty(*size: Any, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
-        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        strides = torch.empty(shape, device="meta").stride()
-        return _fenced_like(shape, strides, dtype or torch.get_default_dtype(), buffers)
-
-    def empty_like(tensor: torch.Tensor, *, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
-        like = torch.zeros_like(tensor, device="meta", **options)
-        return _fenced_like(like.shape, like.stride(), dtype or tensor.dtype, buffers)
-
-    def new_empty(tensor: torch.Tensor, *size: Any, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
-        return empty(*size, dtype=dtype or tensor.dtype)
+    def new_empty(tensor: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+        return torch.empty(*size, **{"dtype": tensor.dtype, "device": tensor.device, **options})
 
     with pytest.MonkeyPatch.context() as patch:
-        real = torch.empty
-        patch.setattr(torch, "empty", lambda *a, **k: real(*a, **k) if k.get("device") is not None else empty(*a, **k))
-        patch.setattr(torch, "empty_like", empty_like)
+        for name in ("empty", "empty_like", "empty_strided"):
+            patch.setattr(torch, name, _guarded(getattr(torch, name), buffers))
         patch.setattr(torch.Tensor, "new_empty", new_empty)
         yield
-    for buffer, start, stop in buffers:
-        intact = _is_poison(buffer[:start]).all() and _is_poison(buffer[stop:]).all()
-        assert intact, "a kernel wrote outside of its output"
+    for buffer, outside in buffers:
+        assert _is_poison(buffer[outside]).all(), "a kernel wrote outside of its output"
 
 
-def _fenced_like(
-    shape: torch.Size,
-    strides: tuple[int, ...],
-    dtype: torch.dtype,
-    buffers: list[tuple[torch.Tensor, int, int]] | None = None,
-) -> torch.Tensor:
-    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
-    buffer = torch.full((span + 2 * FENCE,), _poison(dtype), dtype=dtype)
-    if buffers is not None:
-        buffers.append((buffer, FENCE, FENCE + span))
-    return buffer.as_strided(shape, strides, FENCE)
+def _guarded(
+    real: Callable[..., torch.Tensor], buffers: list[tuple[torch.Tensor, torch.Tensor]]
+) -> Callable[..., torch.Tensor]:
+    """Return an allocating function of torch that fences tensors on the CPU, and lists what is to remain as it is."""
+
+    def allocate(*args: Any, device: torch.device | str | None = None, **options: Any) -> torch.Tensor:
+        device = args[0].device if device is None and isinstance(args[0], torch.Tensor) else device
+        if torch.device(device or "cpu").type != "cpu":
+            return real(*args, device=device, **options)
+        buffer, tensor = _fenced_like(real(*args, device="meta", **options))
+        outside = torch.ones(len(buffer), dtype=torch.bool)
+        outside.as_strided(tensor.shape, tensor.stride(), FENCE).fill_(False)
+        buffers.append((buffer, outside))
+        return tensor
+
+    return allocate
+
+
+def _fenced_like(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return poison, and a tensor like another (which may be meta) in the middle of it."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True)) if like.numel() else 0
+    buffer = torch.full((span + 2 * FENCE,), _poison(like.dtype), dtype=like.dtype)
+    return buffer, buffer.as_strided(like.shape, like.stride(), FENCE)
 
 
 def _poison(dtype: torch.dtype) -> float | int | bool:

@@ -12,7 +12,7 @@ from cistron_kernels.hyena_fir import TapOrder, hyena_fir
 
 WIDTH = 3
 """Of the projection's filter."""
-ROWS_OF_ENDS = [5, torch.tensor([7]), torch.tensor([2, 9, 140])]
+ROWS_OF_ENDS = [5, torch.tensor([7]), torch.tensor([2, 140, -3])]
 """Slots: of all rows in host memory, of all rows in a tensor, of each row; all modulo the size of the ring."""
 
 
@@ -22,10 +22,15 @@ def with_states(step: Callable[..., torch.Tensor], *states: str) -> Callable[...
 
     @torch.no_grad()
     def function(**arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        mine = {name: arguments[name].clone() for name in states}
+        mine = {name: copied(arguments[name]) for name in states}
         return (step(**{**arguments, **mine}), *mine.values())
 
     return function
+
+
+def copied(state: torch.Tensor) -> torch.Tensor:
+    """Return a copy with the gaps of the original, in memory that the harness guards."""
+    return torch.empty_strided(state.shape, state.stride(), dtype=state.dtype).copy_(state)
 
 
 def fir_inputs(batch: int, channels: int, groups: int, width: int, *, slots: int | None = None, skips: int = 0):
@@ -65,6 +70,16 @@ def test_finite_filters(order: TapOrder, channels: int, groups: int, width: int,
     if groups < channels:
         step = with_states(gated_fir_step, "history", "projection_history")
         compare(step, {**gate_inputs(3, channels), **inputs}, projection_end=end, end=end, order=order)
+
+
+def test_a_slot_behind_the_ring_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    from cistron_kernels.decode_step.kernel import Ring
+
+    real = Ring.numbers
+    monkeypatch.setattr(Ring, "numbers", lambda ring: (ring.history.shape[1] + 1, *real(ring)[1:]))
+    inputs = {"x": torch.randn(1, 6), **fir_inputs(1, 6, 2, 4)}
+    with pytest.raises(AssertionError, match="wrote outside"):
+        compare(with_states(fir_step, "history"), inputs, end=4, order="impulse")
 
 
 @pytest.mark.parametrize("end", ROWS_OF_ENDS)
@@ -164,16 +179,22 @@ RING = torch.zeros(2, 4, 18)
         (lambda: fir_step(X, TAPS, HISTORY[..., :4], 2, order="impulse"), "divides the 6 channels"),
         (lambda: fir_step(X, TAPS, HISTORY.mT.contiguous().mT, 2, order="impulse"), "must be contiguous"),
         (lambda: fir_step(X, TAPS, HISTORY, -1, order="impulse"), "must not be negative"),
+        (lambda: fir_step(X, TAPS, HISTORY, 1.5, order="impulse"), "must be an int"),
+        (lambda: fir_step(X, TAPS, HISTORY, 2, order="impuls"), "must be one of correlation, impulse, not 'impuls'"),
+        (lambda: fir_step(X, TAPS, HISTORY, torch.zeros(2).bool(), order="impulse"), "integer tensor"),
         (lambda: fir_step(X, TAPS, HISTORY, torch.zeros(2), order="impulse"), "integer tensor"),
         (lambda: fir_step(X, TAPS, HISTORY, torch.zeros(3).long(), order="impulse"), "integer tensor"),
         (lambda: fir_step(X, TAPS, HISTORY, torch.zeros(2, device="meta").long(), order="impulse"), "on the device"),
         (lambda: fir_step(X.long(), TAPS, HISTORY, 2, order="impulse"), "floating-point"),
         (lambda: fir_step(X, TAPS, HISTORY, 2, order="impulse", skip=torch.zeros(3)), "skip must be"),
         (lambda: modal_step(X, POLES, POLES[:, :2], STATE), "log_poles and residues must be"),
+        (lambda: modal_step(torch.tensor(1.0), POLES, POLES, STATE), "log_poles and residues must be"),
         (lambda: modal_step(X, POLES, POLES, STATE[:1]), "state must be"),
         (lambda: modal_step(X, POLES, POLES, STATE.mT.contiguous().mT), "must be contiguous"),
         (lambda: gated_modal_step(GATES[0][:, :16], GATES[1], POLES, POLES, POLES[:, 0], RING, STATE, 2), "3D"),
         (lambda: gated_modal_step(*GATES, POLES, POLES, POLES[0], RING, STATE, 2), "skip"),
+        (lambda: gated_modal_step(*GATES, POLES, POLES, POLES[:, 0].long(), RING, STATE, 2), "floating-point"),
+        (lambda: gated_fir_step(*GATES, TAPS, RING, HISTORY, 2, 2, order="causal"), "must be one of"),
         (lambda: gated_fir_step(GATES[0], GATES[1][:6], TAPS, RING, HISTORY, 2, 2, order="impulse"), "its taps"),
         (lambda: gated_fir_step(*GATES, TAPS, RING, HISTORY[..., :4], 2, 2, order="impulse"), "divides the 6"),
         (lambda: gated_fir_step(*GATES, TAPS, RING[..., :6], HISTORY, 2, 2, order="impulse"), "its history"),

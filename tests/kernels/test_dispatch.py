@@ -113,7 +113,7 @@ def test_overrides_nest_and_end():
             assert backends() == ["triton", "torch"]
         assert backends() == ["triton", "triton"]
     with dispatch.override("triton", "rope"):
-        assert dispatch.decision("rope") == dispatch.Decision("triton", "overridden")
+        assert dispatch.decision("rope") == dispatch.Decision("triton", "overridden", by_name=True)
     with pytest.raises(KeyError), dispatch.override("triton"):
         raise KeyError
     assert backends() == before
@@ -147,3 +147,9 @@ assert torch.equal(y, torch.ones(2, 4))
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT / "kernels")])
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CISTRON_KERNELS", "")
+    monkeypatch.setattr(dispatch, "_decisions", {})
+    assert dispatch.decision("glu").backend in ("torch", "triton")

@@ -124,3 +124,37 @@ def test_the_same_input_gives_the_same_bits():
         results.append((y.detach(), x.grad, taps.grad))
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("width", [3, 5, 33, 128])
+@pytest.mark.parametrize("length", [1, 31, 32, 70])
+def test_the_gradient_of_the_taps_equals_that_of_the_plain_convolution(width: int, length: int):
+    torch.manual_seed(width + length)
+    x, taps, upstream = draw(2, 6, length).requires_grad_(), draw(3, width).requires_grad_(), draw(2, 6, length)
+    window = torch.nn.functional.pad(x, (width - 1, 0))
+    plain = torch.nn.functional.conv1d(window, taps.repeat_interleave(2, dim=0)[:, None], groups=6)
+    want = torch.autograd.grad(plain, (x, taps), upstream)
+    got = torch.autograd.grad(hyena_fir(x, taps, order="correlation")[0], (x, taps), upstream)
+    torch.testing.assert_close(got, want)
+
+
+def test_autocast_around_the_backward_pass_changes_nothing():
+    torch.manual_seed(7)
+    x, taps = torch.randn(1, 4, 90, requires_grad=True), torch.randn(2, 16, requires_grad=True)
+    y = hyena_fir(x, taps, order="impulse")[0].square().sum()
+    want = torch.autograd.grad(y, (x, taps), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y, (x, taps))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # By the compiler itself.
+def test_compiles_into_one_graph():
+    x, taps = torch.randn(2, 4, 40, requires_grad=True), torch.randn(2, 7, requires_grad=True)
+
+    def filtered(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+        return hyena_fir(x, taps, order="correlation")[0]
+
+    compiled = torch.compile(filtered, fullgraph=True, backend="aot_eager")
+    got, want = (torch.autograd.grad(f(x, taps).square().sum(), (x, taps)) for f in (compiled, filtered))
+    torch.testing.assert_close(got, want)

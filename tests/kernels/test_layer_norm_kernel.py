@@ -28,6 +28,16 @@ def test_constant_rows_and_rows_that_are_not_contiguous():
     compare(layer_norm, {**tensors, "x": tensors["x"].T.contiguous().T}, eps=1e-5)
 
 
+@pytest.mark.parametrize("weight", [torch.randn(48)[::2], torch.tensor(2.0).expand(24)])
+def test_weights_that_are_not_contiguous(weight: torch.Tensor):
+    x, grads = torch.randn(5, 24, requires_grad=True), []
+    for backend in ("torch", "triton"):
+        with override(backend):
+            y = layer_norm(x, weight, weight, eps=1e-5)
+            grads.append(torch.autograd.grad(y.square().sum(), x)[0])
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("narrow", ["x", "residual"])
 def test_the_sum_has_the_wider_dtype_and_each_input_its_own_gradient(narrow: str):
     tensors = {**drawn(3, 24), "residual": torch.randn(3, 24)}

@@ -214,3 +214,25 @@ def test_only_the_input_is_kept_for_the_gradient():
         modal_scan(*inputs)
     size = 4 * inputs[0].numel()
     assert size <= sum(kept.values()) < 1.5 * size
+
+
+def test_autocast_around_the_backward_pass_changes_nothing():
+    tensors = [tensor.float().requires_grad_() for tensor in draw(1, 3, 50)]
+    y = modal_scan(*tensors)[0].square().sum()
+    want = torch.autograd.grad(y, tensors, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # By the compiler itself.
+def test_compiles_into_one_graph():
+    x, log_poles, residues = draw(2, 3, 50)
+
+    def scanned(x: torch.Tensor) -> torch.Tensor:
+        return modal_scan(x, log_poles, residues)[0]
+
+    compiled = torch.compile(scanned, fullgraph=True, backend="aot_eager")
+    x.requires_grad_()
+    got, want = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, scanned))
+    torch.testing.assert_close(got, want)

@@ -106,6 +106,29 @@ def test_half_precision_keeps_an_fp32_state():
     assert_close(final, state, 1e-5, "final state")
 
 
+@pytest.mark.parametrize("lengths", [torch.tensor([20, 9, 7, 9])[::2], torch.tensor(7).expand(2)])
+def test_lengths_that_are_not_contiguous(lengths: torch.Tensor):
+    tensors = draw(2, 1, 20)
+    with override("triton"):
+        _, got = modal_scan(**tensors, lengths=lengths)
+    with override("torch"):
+        assert_close(got, modal_scan(**tensors, lengths=lengths)[1], 1e-5, "final state")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_padding_that_is_not_a_number_stays_out_of_the_final_state(gated: bool):
+    scan, tensors, lengths = (gated_modal_scan, draw_gated, [20, 7]) if gated else (modal_scan, draw, [20, 7])
+    arguments = tensors(2, 1, 20)
+    name = "projected" if gated else "x"
+    arguments[name][1, :, 7:] = torch.nan
+    with override("triton"):
+        *_, got = scan(**arguments, lengths=torch.tensor(lengths))
+    arguments[name][1, :, 7:] = 0.0
+    with override("torch"):
+        *_, want = scan(**arguments, lengths=torch.tensor(lengths))
+    assert_close(got, want, 1e-5, "final state")
+
+
 @override("triton")
 def test_no_tokens_to_scan():
     y, final = modal_scan(**draw(0, 1, 3))
@@ -150,6 +173,9 @@ def test_compiles_into_one_graph():
         ({"state": torch.zeros(2, 1, POLES)}, r"state must be \[B, H, S\]"),
         ({"lengths": torch.zeros(2, dtype=torch.long)}, r"lengths must be \[B\]"),
         ({"lengths": torch.zeros(1)}, "whole numbers"),
+        ({"lengths": torch.zeros(1, dtype=torch.bool)}, "int32 or int64"),
+        ({"lengths": torch.tensor([-1])}, "from 0 to 5"),
+        ({"lengths": torch.tensor([6])}, "from 0 to 5"),
         ({"x": torch.zeros(1, 1, 5, dtype=torch.long)}, "floating-point"),
         ({"residues": torch.zeros(1, POLES, device="meta")}, "one device"),
     ],

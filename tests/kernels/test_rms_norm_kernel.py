@@ -31,6 +31,16 @@ def test_rows_that_are_not_contiguous():
     compare(rms_norm, {"x": x, "weight": torch.randn(24)}, **OPTIONS)
 
 
+@pytest.mark.parametrize("weight", [torch.randn(48)[::2], torch.tensor(2.0).expand(24)])
+def test_weights_that_are_not_contiguous(weight: torch.Tensor):
+    x = torch.randn(5, 24, requires_grad=True)
+    grads = []
+    for backend in ("torch", "triton"):
+        with override(backend):
+            grads.append(torch.autograd.grad(rms_norm(x, weight, **OPTIONS).square().sum(), x)[0])
+    torch.testing.assert_close(*grads)
+
+
 def test_no_rows():
     x, weight = torch.zeros(0, 24, requires_grad=True), torch.ones(24, requires_grad=True)
     with override("triton"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,28 @@ def test_angles_are_exact_at_a_million(scaling: float):
         got = rope(x, positions, inv_freq, scaling=scaling)
     angles = ((positions.float() / scaling)[:, None, None] * inv_freq).double()
     assert_close(got, rotate(x, angles.cos(), angles.sin()), 3e-7, "rotation")
+
+
+@pytest.mark.parametrize(("more", "problem"), [(None, "is not finite"), (1, "wrote outside")])
+def test_a_kernel_that_is_not_launched_or_goes_one_token_too_far_is_noticed(
+    more: int | None, problem: str, monkeypatch: pytest.MonkeyPatch
+):
+    from cistron_kernels.rope import kernel
+
+    class Wrong:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            def launch(*arguments: Any, **constants: Any) -> None:
+                *tensors, tokens = arguments[:9]
+                if more is not None:
+                    real[grid](*tensors, tokens + more, *arguments[9:], **constants)
+
+            return launch
+
+    real = kernel.rotate_kernel
+    monkeypatch.setattr(kernel, "rotate_kernel", Wrong())
+    tensors, positions, inv_freq = inputs((7, 3, 16), ())
+    with pytest.raises(AssertionError, match=problem):
+        compare(lambda q: rope(q, positions, inv_freq), {"q": tensors["q"]})
 
 
 def test_one_output_alone_has_a_gradient():

@@ -97,3 +97,11 @@ def test_the_custom_op_is_registered_as_it_behaves_and_compiles_into_one_graph()
     with override("triton"):
         compiled = torch.compile(score_logprob, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(**tensors), score_logprob(**tensors))
+
+
+def test_autocast_does_not_round_the_logits():
+    tensors = drawn(5, 64, 20)
+    with override("torch"):
+        plain = score_logprob(**tensors)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(score_logprob(**tensors), plain)

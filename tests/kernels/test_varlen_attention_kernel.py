@@ -89,6 +89,7 @@ OFFSETS = torch.tensor([0, 2, 5])
     [
         (Q[0], Q[0], OFFSETS, r"must be \[T, A, D\]"),
         (Q, Q[:, :1], OFFSETS, r"must be \[T, A, D\]"),
+        (Q[:, :0], Q[:, :0], OFFSETS, "at least one head"),
         (Q, Q.bfloat16(), OFFSETS, "one dtype"),
         (Q.long(), Q.long(), OFFSETS, "floating-point"),
         (Q, Q.to("meta"), OFFSETS, "one device"),
@@ -127,3 +128,12 @@ def test_compiles_whole():
         compiled: Callable[..., torch.Tensor] = torch.compile(loss, fullgraph=True, backend="aot_eager")
         got = torch.autograd.grad(compiled(*leaves), leaves)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_offsets_that_no_door_has_seen_are_refused_by_the_operator():
+    """On a device, and in a compiled graph, they are first looked at where the tiles are laid out."""
+    from cistron_kernels.varlen_attention import kernel
+
+    for offsets in ([0, -2, 5], [0, 6], [1, 5]):
+        with pytest.raises(ValueError, match="must run from 0 to 5"):
+            kernel.varlen_attention(*inputs(5).values(), torch.tensor(offsets), True, 0.5)

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, TypeAlias
 import torch
 
 Family = Literal["evo2", "esm2"]
+Work = Literal["training", "decoding"]
 Tensors: TypeAlias = dict[str, torch.Tensor]
 Layout: TypeAlias = Callable[[Tensors], Tensors]
 """Lays the same numbers out in another way that the op takes."""
@@ -96,12 +97,14 @@ class Peer:
         load: imports it and returns a function with the case's parameter names; ImportError where it is not installed.
         adapt: brings the case's tensors into the library's form, outside of what is timed.
         whole: its forward pass also computes the gradient, so only the sum of both passes compares.
+        in_place: it overwrites its inputs, so each call gets copies, which are made outside of what is timed.
     """
 
     name: str
     load: Callable[[], Callable[..., Any]]
     adapt: Layout = dict
     whole: bool = False
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class Case:
         imported: torch's own kernel is meant to run in half precision, so no Triton kernel is missed.
         compiled: torch.compile is compared; not for what updates state in place, one token at a time.
         steps: it takes single tokens, and is timed at the plan's rows instead of its tokens.
+        works: what its family's models run it in, whose figures are withheld unless it passed; none for a part that
+            they run fused with others.
     """
 
     name: str
@@ -145,6 +150,7 @@ class Case:
     imported: bool = False
     compiled: bool = True
     steps: bool = False
+    works: tuple[Work, ...] = ("training", "decoding")
 
     def public(self) -> Callable[..., Any]:
         """Return the op's public function.
@@ -158,10 +164,6 @@ class Case:
         if importlib.util.find_spec(f"cistron_kernels.{self.op}.kernel") is None:
             raise NotImplementedError(f"cistron_kernels.{self.op} has no Triton form")
         return getattr(module, self.function)
-
-    def reference(self) -> Callable[..., Any]:
-        """Return the op in plain PyTorch, without the checks at its door."""
-        return getattr(importlib.import_module(f"cistron_kernels.{self.op}.reference"), self.function)
 
     def timed_inputs(self, shape: Shape, draw: Draw) -> Tensors:
         """Draw the tensors in the layout that is timed."""

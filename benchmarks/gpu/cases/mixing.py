@@ -25,7 +25,7 @@ def cases() -> list[Case]:
     return [
         Case("rope_pair", "rope", "rope_pair", "evo2", inputs=_at_positions, gradients=("q", "k"), outputs=2,
              forward=_turned(8), backward=_turned(8), layouts=layouts, asked=(0.85, None),
-             peers=(Peer("liger-kernel", _liger_rope, _for_liger),)),
+             peers=(Peer("liger-kernel", _liger_rope, _for_liger, in_place=True),)),
         Case("rotate_pair", "rope", "rotate_pair", "esm2", inputs=_at_angles, gradients=("q", "k"), outputs=2,
              forward=_turned(0, angles=True), backward=_turned(0, angles=True), asked=(0.85, None),
              layouts={"packed": _packed_with_angles, "rows": dict}),
@@ -120,9 +120,9 @@ def _attended_proteins(shape: Shape, draw: Draw) -> Tensors:
 
 
 def _for_liger(tensors: Tensors) -> Tensors:
-    """Heads before tokens (a view), angles twice, and copies, as it works in place."""
+    """Heads before tokens (a view), and angles twice."""
     angles = torch.outer(tensors["positions"].float(), tensors["inv_freq"]).repeat(1, 2)[None]
-    heads = {name: tensors[name].contiguous().clone().transpose(1, 2) for name in "qk"}
+    heads = {name: tensors[name].contiguous().transpose(1, 2) for name in "qk"}
     return {**heads, "cos": angles.cos(), "sin": angles.sin()}
 
 

@@ -43,9 +43,11 @@ def cases() -> list[Case]:
              forward=_moved("inner", 2), backward=_moved("inner", 3), **esm2),
         *(Case(f"cross_entropy, {family}", "cross_entropy", "cross_entropy", family, inputs=_labelled,
                gradients=("logits",), forward=_moved("vocabulary", 1, extra=12), backward=_moved("vocabulary", 2),
-               peers=(Peer("liger-kernel", _liger_cross_entropy, _without_weights, whole=True),))
+               peers=(Peer("liger-kernel", _liger_cross_entropy, _without_weights, whole=True, in_place=True),),
+               works=("training",))
           for family in ("evo2", "esm2")),
-        Case("score_logprob", "cross_entropy", "score_logprob", "evo2", inputs=_scored, forward=_scoring_cost),
+        Case("score_logprob", "cross_entropy", "score_logprob", "evo2", inputs=_scored, forward=_scoring_cost,
+             works=()),
     ]  # fmt: skip
 
 
@@ -93,8 +95,8 @@ def _labelled(shape: Shape, draw: Draw) -> Tensors:
 
 
 def _without_weights(tensors: Tensors) -> Tensors:
-    """Another library has no weights per token, and overwrites the logits."""
-    return {"logits": tensors["logits"].clone(), "targets": tensors["targets"]}
+    """Another library has no weights per token."""
+    return {"logits": tensors["logits"], "targets": tensors["targets"]}
 
 
 def _scored(shape: Shape, draw: Draw) -> Tensors:

@@ -15,14 +15,15 @@ _FP32_BYTES: Final = 4
 
 def cases() -> list[Case]:
     """Return the cases of this module."""
-    common: dict[str, Any] = {"family": "evo2", "steps": True, "compiled": False}
+    alone: dict[str, Any] = {"family": "evo2", "steps": True, "compiled": False, "works": ()}
+    common = {**alone, "works": ("decoding",)}
     slots: dict[str, Layout] = {"one slot": dict, "a slot per row": _slot_per_row}
     correlation, impulse = {"order": "correlation"}, {"order": "impulse"}
     return [
         Case("fir_step, HCM", "decode_step", "fir_step", inputs=_ring_step(HCM_TAPS), options=impulse, layouts=slots,
-             states=("history",), forward=_cost(("width", HCM_TAPS)), **common),
+             states=("history",), forward=_cost(("width", HCM_TAPS)), **alone),
         Case("modal_step", "decode_step", "modal_step", inputs=_modal_step, states=("state",),
-             forward=_cost(modal=True), **common),
+             forward=_cost(modal=True), **alone),
         Case("gated_fir_step, HCS", "decode_step", "gated_fir_step", inputs=_gated_fir_step(HCS_TAPS), layouts=slots,
              options=correlation, states=("projection_history", "history"),
              forward=_cost(("width", HCS_TAPS), gated=True), **common),

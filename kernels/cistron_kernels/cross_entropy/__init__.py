@@ -42,7 +42,7 @@ def cross_entropy(
     if logits.dim() != 2 or (weights is not None and weights.shape != logits.shape[:1]):
         refuse("cross_entropy", "logits must be [T, V], weights [T]", logits=logits, targets=targets, weights=weights)
     _check("cross_entropy", targets, logits=logits, weights=weights)
-    _check_ids("cross_entropy", targets, logits.shape[1], ignore_index)
+    looked_at = _check_ids("cross_entropy", targets, logits.shape[1], ignore_index)
     wide = torch.promote_types(logits.dtype, torch.float32)
     scored = (targets != ignore_index).to(wide)
     if weights is not None:
@@ -52,7 +52,8 @@ def cross_entropy(
 
         losses = kernel.cross_entropy(logits, targets, scored, ignore_index)
     else:
-        losses = reference.cross_entropy(logits, targets, scored, ignore_index=ignore_index)
+        form = reference.losses_of_known if looked_at else reference.cross_entropy
+        losses = form(logits, targets, scored, ignore_index=ignore_index)
     return losses.sum(), scored.sum()
 
 
@@ -93,9 +94,12 @@ def _check(op: str, targets: torch.Tensor, **tensors: torch.Tensor | None) -> No
     check_same_device(op, **tensors, targets=targets)
 
 
-def _check_ids(op: str, targets: torch.Tensor, num_classes: int, ignore_index: int | None) -> None:
-    """Refuse ids outside of the vocabulary where they can be looked at without waiting."""
+def _check_ids(op: str, targets: torch.Tensor, num_classes: int, ignore_index: int | None) -> bool:
+    """Refuse ids outside of the vocabulary where they can be looked at without waiting, and return whether they can."""
     if targets.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if not reference.known_ids(targets, num_classes, ignore_index).all():
-        refuse(op, f"targets must be ids of {num_classes} classes, and some are not", targets=targets)
+        return False
+    if targets.numel():
+        low, high = (targets if ignore_index is None else targets.where(targets != ignore_index, 0)).aminmax()
+        if low < 0 or high >= num_classes:
+            refuse(op, f"targets must be ids of {num_classes} classes, and some are not", targets=targets)
+    return True

@@ -23,9 +23,16 @@ def cross_entropy(
         ignore_index: the id that stands for "no target".
     """
     known = known_ids(targets, logits.shape[1], ignore_index)
-    safe = targets.where(known, ignore_index)
-    losses = functional.cross_entropy(logits.to(scored.dtype), safe, ignore_index=ignore_index, reduction="none")
-    return losses.masked_fill(~known, torch.nan) * scored
+    losses = losses_of_known(logits, targets.where(known, ignore_index), scored, ignore_index=ignore_index)
+    return losses.masked_fill(~known, torch.nan)
+
+
+def losses_of_known(
+    logits: torch.Tensor, targets: torch.Tensor, scored: torch.Tensor, *, ignore_index: int
+) -> torch.Tensor:
+    """Return the same for targets that are known to be ids, or `ignore_index`."""
+    wide = logits.to(scored.dtype)
+    return functional.cross_entropy(wide, targets, ignore_index=ignore_index, reduction="none") * scored
 
 
 def score_logprob(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -33,10 +40,11 @@ def score_logprob(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Ten
     wide = torch.promote_types(hidden.dtype, torch.float32)
     head, rows = weight.to(wide), max(1, _LOGITS_AT_ONCE // max(len(weight), 1))
     known = known_ids(targets, len(weight), None)
-    pieces = [
-        functional.linear(part.to(wide), head).log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
-        for part, ids in zip(torch.split(hidden, rows), torch.split(targets.where(known, 0), rows), strict=True)
-    ]
+    with torch.autocast(hidden.device.type, enabled=False):
+        pieces = [
+            functional.linear(part.to(wide), head).log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
+            for part, ids in zip(torch.split(hidden, rows), torch.split(targets.where(known, 0), rows), strict=True)
+        ]
     return torch.cat(pieces).masked_fill(~known, torch.nan).float()
 
 

@@ -50,7 +50,7 @@ def fir_step(
         ValueError: shapes, dtypes or devices do not fit.
     """
     check_ring("fir_step", x, taps, history, end)
-    check_filter("fir_step", x, x.shape[1], taps, skip, history)
+    check_filter("fir_step", x, x.shape[1], taps, skip, history, order)
     if takes_triton("decode_step", x, taps, history, *(() if skip is None else (skip,))):
         from cistron_kernels.decode_step import kernel
 
@@ -73,7 +73,7 @@ def modal_step(x: torch.Tensor, log_poles: torch.Tensor, residues: torch.Tensor,
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    check_modal("modal_step", x, x.shape[-1], log_poles, residues, None, state)
+    check_modal("modal_step", x, x.shape[-1] if x.dim() else 0, log_poles, residues, None, state)
     if takes_triton("decode_step", x, log_poles, residues, state):
         from cistron_kernels.decode_step import kernel
 
@@ -116,7 +116,7 @@ def gated_fir_step(
     check_ring(op, projected, projection_taps, projection_history, projection_end)
     check_projection(op, projected, projection_taps, projection_history)
     check_ring(op, projected, taps, history, end)
-    check_filter(op, projected, projected.shape[1] // 3, taps, skip, history)
+    check_filter(op, projected, projected.shape[1] // 3, taps, skip, history, order)
     tensors = (projected, projection_taps, taps, projection_history, history)
     if takes_triton("decode_step", *tensors, *(() if skip is None else (skip,))):
         from cistron_kernels.decode_step import kernel

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import torch
 
-from cistron_kernels.checks import refuse
+from cistron_kernels.checks import INDEX_DTYPES, refuse
+from cistron_kernels.hyena_fir import TapOrder
 
 
 def check_ring(op: str, x: torch.Tensor, taps: torch.Tensor, history: torch.Tensor, end: int | torch.Tensor) -> None:
@@ -27,9 +28,9 @@ def check_ring(op: str, x: torch.Tensor, taps: torch.Tensor, history: torch.Tens
     if not (x.is_floating_point() and taps.is_floating_point() and history.is_floating_point()):
         no("token, taps and history must be floating-point numbers")
     if not isinstance(end, torch.Tensor):
-        if end < 0:
-            no(f"end must not be negative: {end}")
-    elif end.is_floating_point() or end.shape not in ((1,), (rows,)) or end.device != x.device:
+        if not isinstance(end, int) or end < 0:
+            no(f"end must be an int and must not be negative: {end}")
+    elif end.dtype not in INDEX_DTYPES or end.shape not in ((1,), (rows,)) or end.device != x.device:
         no("end must be an int, or an integer tensor [1] or [B] on the device of the token")
 
 
@@ -48,9 +49,12 @@ def check_filter(
     taps: torch.Tensor,
     skip: torch.Tensor | None,
     history: torch.Tensor,
+    order: TapOrder,
 ) -> None:
-    """Raise ValueError unless the groups of a filter divide the channels of its history."""
+    """Raise ValueError unless there is such an order, and the groups of a filter divide the channels of its history."""
     groups = taps.shape[0]
+    if order not in get_args(TapOrder):
+        refuse(op, f"order must be one of {', '.join(get_args(TapOrder))}, not {order!r}", x=x, taps=taps)
     if history.shape[2] != channels or not groups or channels % groups:
         tensors = {"x": x, "taps": taps, "history": history, "skip": skip}
         refuse(op, f"taps [G, K] must have a G that divides the {channels} channels of the history", **tensors)
@@ -89,5 +93,6 @@ def check_modal(
         and log_poles.is_floating_point()
         and residues.is_floating_point()
         and state.is_floating_point()
+        and (skip is None or skip.is_floating_point())
     ):
         no("floating-point numbers are needed")

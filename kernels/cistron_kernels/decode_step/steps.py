@@ -13,10 +13,10 @@ import triton.language as tl
 
 @triton.jit
 def _slot(end_ptr, end_stride, end, row, slots, IN_MEMORY: tl.constexpr):
-    """Return the slot of this token in a ring."""
+    """Return the slot of this token in a ring; a negative one counts from its end, as in the reference."""
     if IN_MEMORY:
         end = tl.load(end_ptr + row * end_stride)
-    return end.to(tl.int64) % slots
+    return (end.to(tl.int64) % slots + slots) % slots  # The remainder has the sign of `end`.
 
 
 @triton.jit

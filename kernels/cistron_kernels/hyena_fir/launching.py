@@ -32,6 +32,15 @@ def fits(x: Tensor) -> bool:
     return shared >= _FP32_SHARED
 
 
+def backward_fits(x: Tensor, *, gated: bool) -> bool:
+    """Return whether the GPU has the registers for the gradient's kernel.
+
+    Operands of fp32 are two parts each. With the gates' gradients, a thread would keep 856 bytes of its own in memory
+    (HCM on Hopper), and fetch them for each chunk.
+    """
+    return not (gated and x.is_cuda and x.dtype == torch.float32)
+
+
 def plan(x: Tensor, channels: int, groups: int, rows: int, waves: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Return the grid, and a program's share: the longest stretches that leave `waves` programs per multiprocessor."""
     width = min(_MOST_CHANNELS, triton.next_power_of_2(channels // groups))
@@ -53,6 +62,8 @@ def inputs(
     history: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Return the tensors that both kernels read, in their order; x stands in where there is none."""
+    if projection_history is not None:
+        projection_history = projection_history.to(x.dtype)
     given = (projection_history, projection_taps, history, taps, skip)
     return x, *(x if tensor is None else tensor.contiguous() for tensor in given)
 

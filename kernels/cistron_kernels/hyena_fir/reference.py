@@ -16,6 +16,8 @@ TapOrder: TypeAlias = Literal["correlation", "impulse"]
 
 _CHUNK = 32
 """Tokens per row of the matrix product that yields the gradient of the taps."""
+_NARROW = 4
+"""Taps up to which conv1d's own gradient is as fast."""
 
 
 def hyena_fir(
@@ -46,7 +48,8 @@ def hyena_fir(
         past = x.new_zeros(*x.shape[:2], width - 1) if history is None else history.to(x.dtype)
         window = torch.cat([past, x], dim=-1)
         current_last = taps if order == "correlation" else taps.flip(-1)
-        y: torch.Tensor = _CausalFir.apply(window.to(wide), per_channel(current_last, channels).to(wide))  # type: ignore[no-untyped-call]
+        correlated = _correlated if width <= _NARROW else _Correlated.apply
+        y = correlated(window.to(wide), current_last.to(wide))
         if skip is not None:
             y = torch.addcmul(y, per_channel(skip, channels).to(wide)[:, None], x.to(wide))
         return y.to(x.dtype), _last_inputs(window, lengths, width - 1)
@@ -78,14 +81,20 @@ def split_projection(projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return projected.view(batch, rows // 3, 3, length).unbind(dim=2)
 
 
-class _CausalFir(torch.autograd.Function):
-    """Depthwise correlation without padding; its backward pass is several times faster than conv1d's on CPU."""
+def _correlated(window: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """Correlate [B, C, K-1+L] with [G, K] into [B, C, L]."""
+    channels = window.shape[1]
+    return functional.conv1d(window, per_channel(taps, channels)[:, None], groups=channels)
+
+
+class _Correlated(torch.autograd.Function):
+    """The same with a gradient of the taps by matrix products: conv1d's is several times slower at 128 taps on CPU."""
 
     @staticmethod
     def forward(ctx: Any, window: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
-        """Correlate [B, C, K-1+L] with [C, K] into [B, C, L]."""
+        """Correlate [B, C, K-1+L] with [G, K] into [B, C, L]."""
         ctx.save_for_backward(window, taps)
-        return functional.conv1d(window, taps[:, None], groups=taps.shape[0])
+        return _correlated(window, taps)
 
     @staticmethod
     @once_differentiable
@@ -94,30 +103,35 @@ class _CausalFir(torch.autograd.Function):
         window, taps = ctx.saved_tensors
         margin = taps.shape[1] - 1
         grad_window = grad_taps = None
-        if ctx.needs_input_grad[0]:
-            padded = functional.pad(grad, (margin, margin))
-            grad_window = functional.conv1d(padded, taps.flip(-1)[:, None], groups=taps.shape[0])
-        if ctx.needs_input_grad[1]:
-            grad_taps = _lag_correlation(grad, window, taps.shape[1])
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_window = _correlated(functional.pad(grad, (margin, margin)), taps.flip(-1))
+            if ctx.needs_input_grad[1]:
+                grad_taps = _lag_correlation(grad, window, *taps.shape)
         return grad_window, grad_taps
 
 
-def _lag_correlation(grad: torch.Tensor, window: torch.Tensor, width: int) -> torch.Tensor:
-    """Return [C, K]: the sum over rows b and tokens t of ``grad[b, :, t] * window[b, :, t + k]``.
+def _lag_correlation(grad: torch.Tensor, window: torch.Tensor, groups: int, width: int) -> torch.Tensor:
+    """Return [G, K]: the sums over rows b, channels c of a group and tokens t of ``grad[b,c,t] * window[b,c,t+k]``.
 
-    Chunks of the gradient times the stretch of the window that they meet, summed over chunks, give one matrix per
-    channel; its diagonals are the lags.
+    Chunks of the gradient times the chunks of the window that they meet, summed over chunks, channels and rows, give
+    one matrix per group; its diagonals are the lags.
     """
     batch, channels, length = grad.shape
-    num_chunks = -(-length // _CHUNK)
-    fill = num_chunks * _CHUNK - length
-    reach = _CHUNK + width - 1
-    left = functional.pad(grad, (0, fill)).view(batch, channels, num_chunks, _CHUNK)
-    right = functional.pad(window, (0, fill)).unfold(-1, reach, _CHUNK)
-    left = left.transpose(0, 1).reshape(channels, batch * num_chunks, _CHUNK)
-    right = right.transpose(0, 1).reshape(channels, batch * num_chunks, reach)
-    products = torch.bmm(left.transpose(1, 2), right)
-    return products.as_strided((channels, _CHUNK, width), (_CHUNK * reach, reach + 1, 1)).sum(dim=1)
+    beyond = -(-(width - 1) // _CHUNK)  # Chunks of the window that a chunk meets after the one at its own place.
+    chunks = -(-length // _CHUNK) + beyond
+    left = functional.pad(grad, (0, chunks * _CHUNK - length)).view(batch, groups, -1, _CHUNK)
+    # What a channel's last chunks meet is the next channel's: their gradient is zero, as is what the last one meets.
+    count = channels * chunks
+    right = grad.new_zeros(batch * count + beyond, _CHUNK)
+    right[: batch * count].view(batch, channels, -1)[..., : window.shape[-1]] = window
+    products = grad.new_zeros(groups, _CHUNK, (beyond + 1) * _CHUNK)
+    for row in range(batch):
+        for chunk, product in enumerate(torch.split(products, _CHUNK, dim=-1)):
+            met = right[row * count + chunk : (row + 1) * count + chunk].view(groups, -1, _CHUNK)
+            product += torch.bmm(left[row].mT, met)
+    reach = products.shape[-1]
+    return products.as_strided((groups, _CHUNK, width), (_CHUNK * reach, reach + 1, 1)).sum(dim=1)
 
 
 def per_channel(grouped: torch.Tensor, channels: int) -> torch.Tensor:

@@ -82,8 +82,7 @@ def load_groups(row_ptr, history_ptr, at, real, length, HISTORY: tl.constexpr, G
     at -= GROUP
     before = tl.load(row_ptr - GROUP, mask=real & (at >= 0) & (at < length), other=0.0)
     if HISTORY:
-        past = tl.load(history_ptr + at + 2, mask=real & (at >= -2) & (at < 0), other=0.0)
-        before = tl.where(at < 0, past.to(before.dtype), before)
+        before = tl.load(history_ptr + at + 2, mask=real & (at >= -2) & (at < 0), other=before)
     return x, before
 
 

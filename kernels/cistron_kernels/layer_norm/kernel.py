@@ -102,7 +102,7 @@ def layer_norm_backward(
 
     The last is the first in the dtype `narrow`; without elements where that is the dtype of x.
     """
-    x, grad_y = x.contiguous(), grad_y.contiguous()
+    x, weight, grad_y = x.contiguous(), weight.contiguous(), grad_y.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     columns, tile = x.shape[-1], row_tile(x.shape[-1], per_thread=16)
     rows = x.numel() // max(columns, 1)

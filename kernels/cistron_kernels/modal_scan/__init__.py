@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cistron_kernels.checks import check_floating, check_same_device, refuse
+from cistron_kernels.checks import check_floating, check_lengths, check_same_device, refuse
 from cistron_kernels.dispatch import takes_triton
 from cistron_kernels.hyena_fir import hyena_fir
 from cistron_kernels.hyena_fir.reference import split_projection
@@ -85,7 +85,7 @@ def gated_modal_scan(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    op, channels = "gated_modal_scan", log_poles.shape[0]
+    op, channels = "gated_modal_scan", log_poles.shape[0] if log_poles.dim() else 0
     if projected.dim() != 3 or projected.shape[2] < 1 or projected.shape[1] != 3 * channels:
         refuse(
             op, "projected must be [B, 3H, L], L >= 1, for log_poles [H, S]", projected=projected, log_poles=log_poles
@@ -130,7 +130,6 @@ def _check(
         refuse(op, "log_poles and residues must be [H, S]", **tensors)
     if state is not None and state.shape != (len(x), *log_poles.shape):
         refuse(op, "state must be [B, H, S]", **tensors)
-    if lengths is not None and (lengths.shape != x.shape[:1] or lengths.is_floating_point()):
-        refuse(op, "lengths must be [B] whole numbers", **tensors, lengths=lengths)
+    check_lengths(op, lengths, x.shape[0], x.shape[2], **tensors)
     check_floating(op, **tensors)
     check_same_device(op, **tensors, lengths=lengths)

@@ -72,22 +72,23 @@ class ChunkedScan(torch.autograd.Function):
         grad_x = _new(grad_y.shape, toeplitz)
         others = (toeplitz, to_state, from_state, log_decay, initial)
         grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in others]
-        states_of = _BlockStates(x, toeplitz, initial)
-        for block in _channel_blocks(x):
-            rows, grad_rows = _rows(x[:, block], toeplitz), grad_y[block].flatten(1, 2)
-            before, _ = states_of(rows, to_state[block], log_decay[block], initial[block], whole)
-            direct = torch.bmm(grad_rows, from_state[block].mT).view(len(rows), *grad_y.shape[1:3], -1)
-            adjoint = _adjoint(direct, grad_reached[block], whole, log_decay[block])
-            after = adjoint[:, :, 1:].flatten(1, 2)
-            out = grad_x[block].flatten(1, 2)
-            torch.bmm(grad_rows, toeplitz[block].mT, out=out)
-            out.baddbmm_(after, to_state[block].mT)
-            grad_toeplitz, grad_to_state, grad_from_state, grad_log_decay, grad_initial = (g[block] for g in grads)
-            grad_toeplitz.copy_(torch.bmm(rows.mT, grad_rows))
-            grad_to_state.copy_(torch.bmm(rows.mT, after))
-            grad_from_state.copy_(torch.bmm(before.mT, grad_rows))
-            grad_log_decay.copy_((before * after).sum(1) * log_decay[block].exp())
-            grad_initial.copy_(adjoint[:, :, 0])
+        with torch.autocast(x.device.type, enabled=False):
+            states_of = _BlockStates(x, toeplitz, initial)
+            for block in _channel_blocks(x):
+                rows, grad_rows = _rows(x[:, block], toeplitz), grad_y[block].flatten(1, 2)
+                before, _ = states_of(rows, to_state[block], log_decay[block], initial[block], whole)
+                direct = torch.bmm(grad_rows, from_state[block].mT).view(len(rows), *grad_y.shape[1:3], -1)
+                adjoint = _adjoint(direct, grad_reached[block], whole, log_decay[block])
+                after = adjoint[:, :, 1:].flatten(1, 2)
+                out = grad_x[block].flatten(1, 2)
+                torch.bmm(grad_rows, toeplitz[block].mT, out=out)
+                out.baddbmm_(after, to_state[block].mT)
+                grad_toeplitz, grad_to_state, grad_from_state, grad_log_decay, grad_initial = (g[block] for g in grads)
+                grad_toeplitz.copy_(torch.bmm(rows.mT, grad_rows))
+                grad_to_state.copy_(torch.bmm(rows.mT, after))
+                grad_from_state.copy_(torch.bmm(before.mT, grad_rows))
+                grad_log_decay.copy_((before * after).sum(1) * log_decay[block].exp())
+                grad_initial.copy_(adjoint[:, :, 0])
         return grad_x.flatten(2).transpose(0, 1)[..., : x.shape[-1]].to(x.dtype), *grads, None
 
 
@@ -144,7 +145,7 @@ def _new(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     On CPU its memory comes from NumPy, which asks the system for huge pages. In torch's, the system zeroes small page
     after small page as the products first touch them: half as long again as the products themselves at 64k tokens.
     """
-    if like.device.type != "cpu":
+    if like.device.type != "cpu" or torch.compiler.is_compiling():
         return like.new_empty(shape)
     size = math.prod(shape) * like.element_size()
     memory = np.empty(size + _CACHE_LINE, dtype=np.uint8)

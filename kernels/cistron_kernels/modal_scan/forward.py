@@ -82,8 +82,10 @@ def forward_kernel(
     else:
         tokens = tiles.load_tokens(x_ptr, first, length, 1, CHUNK).to(tl.float32)
     rest = end - first
-    powers = tiles.ahead(log_poles, rest, CHUNK) * tl.reshape(tokens, (CHUNK,))[:, None]
+    token = tl.arange(0, CHUNK)
+    tokens = tl.where(token < rest, tl.reshape(tokens, (CHUNK,)), 0.0)  # Padding may hold anything, NaN too.
+    powers = tiles.ahead(log_poles, rest, CHUNK) * tokens[:, None]
     last_state *= tl.exp(rest * log_poles)
-    slope = tl.sum((rest - 1 - tl.arange(0, CHUNK))[:, None] * powers, axis=0) + rest * last_state
+    slope = tl.sum((rest - 1 - token)[:, None] * powers, axis=0) + rest * last_state
     tl.store(final_ptr + program * poles + pole, tl.sum(powers, axis=0) + last_state, mask=pole < poles)
     tl.store(slope_ptr + program * poles + pole, slope, mask=pole < poles)

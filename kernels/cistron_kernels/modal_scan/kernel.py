@@ -123,7 +123,7 @@ def _options(
         "skip_ptr": x if skip is None else skip.contiguous(),
         "log_poles_ptr": log_poles.float().contiguous(),
         "residues_ptr": residues.float().contiguous(),
-        "lengths_ptr": x if lengths is None else lengths,
+        "lengths_ptr": x if lengths is None else lengths.contiguous(),
         "channels": log_poles.shape[0],
         "length": x.shape[2],
         "real": real,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
 from cistron_kernels.checks import check_floating, check_same_device, refuse
@@ -127,6 +129,9 @@ def rotate_pair(
     return reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
 
 
+_INTEGERS: Final = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def _takes_triton(x: torch.Tensor, *angles: torch.Tensor, positions: torch.Tensor | None = None) -> bool:
     """Return whether kernels run; they have no gradient of the angles."""
     if not takes_triton("rope", x, *angles) or any(tensor.requires_grad for tensor in angles):
@@ -146,7 +151,7 @@ def _check_positions(
     _check_heads(op, x, other, tensors)
     if inv_freq.dim() != 1 or x.shape[-1] != 2 * inv_freq.shape[0]:
         refuse(op, "inv_freq must be [D/2] for x [..., L, A, D]", **tensors)
-    if positions.is_floating_point() or not _broadcasts(positions.shape, x.shape[:-2]):
+    if positions.dtype not in _INTEGERS or not _broadcasts(positions.shape, x.shape[:-2]):
         refuse(op, "positions must be integers [..., L] that broadcast to x [..., L, A, D]", **tensors)
     if not scaling > 0:
         refuse(op, f"scaling must be positive, not {scaling}", **tensors)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, *, scaling: float = 1.0) -> torch.Tensor:
@@ -58,5 +61,31 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Returns:
         [..., L, A, D] in the dtype of `x`.
     """
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    rotated: torch.Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """The rotation; its gradient is the rotation back, for which `x` need not be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotate x [..., L, A, D]; cosine and sine are constants."""
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Rotate the gradient by the opposite angles."""
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn both halves in the memory of one product: joining them would read and write everything once more."""
+    halves = x.float().view(*x.shape[:-1], 2, x.shape[-1] // 2)
+    rotated = halves * cos[..., None, :]
+    rotated[..., 0, :].addcmul_(halves[..., 1, :], sin, value=-1)
+    rotated[..., 1, :].addcmul_(halves[..., 0, :], sin)
+    return rotated.flatten(-2).to(x.dtype)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 
-from cistron_kernels.checks import check_floating, check_same_device, refuse
-from cistron_kernels.dispatch import takes_triton
+from cistron_kernels.checks import check_floating, check_same_device, checked_offsets, refuse
+from cistron_kernels.dispatch import decision, takes_triton
 from cistron_kernels.varlen_attention import reference
 
 __all__ = ["varlen_attention"]
@@ -21,7 +19,8 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Run softmax attention inside each document of a packed batch.
 
-    On a GPU, torch's own kernel for packed documents runs where it applies (half precision), Triton's elsewhere.
+    On a GPU, torch's own kernel for packed documents runs where it applies (half precision), Triton's elsewhere and
+    where an override names this op.
 
     Args:
         q: [T, A, D] queries.
@@ -40,7 +39,8 @@ def varlen_attention(
     """
     _check(q, k, v, cu_seqlens)
     largest = LARGEST_WIDE_HEAD if q.dtype == torch.float32 else LARGEST_HEAD
-    if q.shape[-1] <= largest and takes_triton("varlen_attention", q, k, v) and not reference.has_packed_kernel(q):
+    packed = reference.has_packed_kernel(q) and not decision("varlen_attention").by_name
+    if q.shape[-1] <= largest and takes_triton("varlen_attention", q, k, v) and not packed:
         from cistron_kernels.varlen_attention import kernel
 
         return kernel.varlen_attention(q, k, v, cu_seqlens, causal, scale)[0]
@@ -49,8 +49,8 @@ def varlen_attention(
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     op, tensors = "varlen_attention", {"q": q, "k": k, "v": v}
-    if q.dim() != 3 or not q.shape[-1] or k.shape != q.shape or v.shape != q.shape:
-        refuse(op, "q, k and v must be [T, A, D]", **tensors)
+    if q.dim() != 3 or not q.shape[1] * q.shape[2] or k.shape != q.shape or v.shape != q.shape:
+        refuse(op, "q, k and v must be [T, A, D] with at least one head", **tensors)
     if k.dtype != q.dtype or v.dtype != q.dtype:
         refuse(op, "q, k and v must have one dtype", **tensors)
     check_floating(op, **tensors)
@@ -58,11 +58,4 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.
     if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         refuse(op, "cu_seqlens must be [N+1] int32 or int64", cu_seqlens=cu_seqlens, **tensors)
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != len(q) or any(b < a for a, b in pairwise(offsets)):
-            problem = f"cu_seqlens must run from 0 to {len(q)} without decreasing, not {_abridged(offsets)}"
-            refuse(op, problem, cu_seqlens=cu_seqlens, **tensors)
-
-
-def _abridged(offsets: list[int]) -> str:
-    return f"[{', '.join(map(str, offsets[:16]))}{', ...' if len(offsets) > 16 else ''}]"
+        checked_offsets(op, cu_seqlens, len(q), **tensors)

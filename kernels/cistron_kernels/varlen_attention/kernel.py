@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from cistron_kernels.checks import checked_offsets
 from cistron_kernels.launch import on_device, operand_dtype
 from cistron_kernels.varlen_attention.flash import (
     delta_kernel,
@@ -52,7 +53,7 @@ def varlen_attention(
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     blocks, options = _blocks(q, FORWARD_HALF, FORWARD_WIDE), _constants(q, causal)
     if q.numel():
-        tiles = tile_map(cu_seqlens, blocks["QUERIES"], q.device)
+        tiles = tile_map(cu_seqlens, tokens, blocks["QUERIES"], q.device)
         with on_device(q):
             forward_kernel[(len(tiles), heads)](
                 q, k, v, out, lse, tiles, tokens, scale / math.log(2),
@@ -81,7 +82,7 @@ def varlen_attention_backward(
         return grad_q, grad_k, grad_v
     delta = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     blocks, options = _blocks(q, BACKWARD_HALF, BACKWARD_WIDE), _constants(q, causal)
-    queries, keys = (tile_map(cu_seqlens, blocks[name], q.device) for name in ("QUERIES", "KEYS"))
+    queries, keys = (tile_map(cu_seqlens, len(q), blocks[name], q.device) for name in ("QUERIES", "KEYS"))
     tail = (tokens, scale / math.log(2), scale, *_strides(q, k, v, grad), out.stride(0))
     rows = 32
     with on_device(q):
@@ -98,12 +99,15 @@ def varlen_attention_backward(
     return grad_q, grad_k, grad_v
 
 
-def tile_map(cu_seqlens: Tensor, size: int, device: torch.device) -> Tensor:
+def tile_map(cu_seqlens: Tensor, tokens: int, size: int, device: torch.device) -> Tensor:
     """Return, for each tile of at most `size` tokens of one document, its first token and the document's begin and end.
 
     Made in host memory: offsets that stand on the device are waited for.
+
+    Raises:
+        ValueError: the offsets do not run from 0 to `tokens` without decreasing.
     """
-    offsets = cu_seqlens.to("cpu", torch.int64)
+    offsets = torch.tensor(checked_offsets("varlen_attention", cu_seqlens, tokens))
     begins, ends = offsets[:-1], offsets[1:]
     counts = (ends - begins + size - 1) // size
     document = torch.repeat_interleave(counts)

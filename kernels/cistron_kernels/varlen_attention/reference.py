@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
+from cistron_kernels.checks import checked_offsets
+
 _OLDEST_CAPABILITY: Final = (8, 0)
 _LARGEST_HEAD: Final = 256
 """Limits of the flash attention kernels behind torch's ``varlen_attn``, which also wants head sizes in eights."""
@@ -49,8 +51,9 @@ def has_packed_kernel(q: torch.Tensor) -> bool:
 def _in_one_kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *, causal: bool, scale: float
 ) -> torch.Tensor:
+    bounds = checked_offsets("varlen_attention", cu_seqlens, len(q), q=q)
+    longest = max((stop - start for start, stop in pairwise(bounds)), default=0)
     offsets = cu_seqlens.to(q.device, torch.int32, non_blocking=True)
-    longest = max(stop - start for start, stop in pairwise(cu_seqlens.tolist()))
     window = (-1, 0) if causal else (-1, -1)
     out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=window)
     assert isinstance(out, torch.Tensor), "only the output was asked for"

@@ -14,6 +14,7 @@ _HCM: dict[str, Any] = {"GATED": True, "SKIP": True, "IMPULSE": True, "BLOCKS": 
 _HCS: dict[str, Any] = {"GATED": True, "SKIP": False, "IMPULSE": False, "BLOCKS": 2, "CHANNELS": 16}
 _DEPTHWISE: dict[str, Any] = {"GATED": False, "SKIP": False, "IMPULSE": False, "BLOCKS": 2, "CHANNELS": 1}
 _SHARED = {"HISTORY": False, "TOKENS": 64, "GROUP": 8, "OPERAND": tl.bfloat16, "PRECISION": "tf32x3"}
+_HISTORY = {"HISTORY": True}
 
 
 def _case(name: str, direction: str, rows: int, constants: dict[str, Any], most_registers: int) -> Case:
@@ -44,4 +45,8 @@ CASES = [
     _case("HCM", "backward", 16, _HCM, 255),
     _case("HCS", "backward", 16, _HCS, 255),
     _case("depthwise", "backward", 16, _DEPTHWISE, 200),
+    _case("HCM with history", "forward", 32, _HCM | _HISTORY, 200),
+    _case("HCS with history", "forward", 32, _HCS | _HISTORY, 168),
+    _case("HCM with history", "backward", 16, _HCM | _HISTORY, 255),
+    _case("HCS with history", "backward", 16, _HCS | _HISTORY, 255),
 ]

@@ -16,6 +16,15 @@ _KERNELS = {
     "query_gradient": ((*_QKV, "grad_out_ptr", "grad_q_ptr"), _GRAD),
     "key_gradient": ((*_QKV, "grad_out_ptr", "grad_k_ptr", "grad_v_ptr"), _GRAD),
 }
+_DELTA = Case(
+    "delta, fp32, heads of 128",
+    f"{_FLASH}:delta_kernel",
+    dict.fromkeys(("out_ptr", "grad_out_ptr", "delta_ptr"), "fp32"),
+    dict.fromkeys(("tokens", *_GRAD, "out_token"), "i32"),
+    {"HEAD": 128, "WIDTH": 128, "TOKENS": 32},
+    divisible=(*_GRAD, "out_token"),
+    most_registers=80,
+)
 
 
 def _case(kernel: str, kind: str, head: int, width: int, blocks: dict[str, int], **expected: Any) -> Case:
@@ -55,6 +64,7 @@ def _cases() -> list[Case]:
         _case("forward", "bf16", 60, 64, FORWARD_HALF[64], matrix="wgmma"),
         _case("forward", "bf16", 100, 128, FORWARD_HALF[128], matrix="wgmma"),
         _case("key_gradient", "bf16", 100, 128, BACKWARD_HALF[128], matrix="mma"),
+        _DELTA,
     ]
 
 

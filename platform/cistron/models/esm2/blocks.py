@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.layout import Layout
+from cistron.models.layers.dense_attention import dense_attention
 from cistron.models.layers.linear import GeluLinear, Linear
 from cistron_kernels.layer_norm import add_layer_norm, layer_norm
 from cistron_kernels.rope import rotate_pair
@@ -75,7 +75,7 @@ class SelfAttention(nn.Module):
             out = varlen_attention(q, k, v, layout.cu_seqlens, causal=False, scale=self.scale)
         else:
             q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=layout.key_mask, scale=self.scale)
+            out = dense_attention(q, k, v, attn_mask=layout.key_mask, scale=self.scale)
             out = out.transpose(1, 2)
         return out.flatten(-2)
 

@@ -7,12 +7,12 @@ from typing import Final
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from cistron.models.evo2.cache import AttentionState
 from cistron.models.evo2.config import Evo2Config
 from cistron.models.evo2.layout import Layout
 from cistron.models.layers.buffers import Fp32Buffers
+from cistron.models.layers.dense_attention import dense_attention
 from cistron.models.layers.linear import Linear
 from cistron_kernels.rope import rope_pair
 from cistron_kernels.varlen_attention import varlen_attention
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         if state is None or not any(state.lengths):
             if state is not None:
                 state.append(k, v, layout.lengths)
-            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            out = dense_attention(q, k, v, is_causal=True, scale=scale)
         else:
             starts = state.lengths
             keys, values = (stored.to(q.dtype) for stored in state.append(k, v, layout.lengths))
@@ -89,7 +89,7 @@ def attend_to_past(
     if length == 1:
         own = torch.tensor(starts, device=q.device)[:, None]
         visible = torch.arange(keys.shape[2], device=q.device) <= own
-        return functional.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None, None], scale=scale)
+        return dense_attention(q, keys, values, attn_mask=visible[:, None, None], scale=scale)
     rows = []
     for row, start in enumerate(starts):
         one, seen = slice(row, row + 1), slice(0, start + length)
@@ -101,13 +101,13 @@ def _attend_at_end(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *,
     """Attend with queries [B, A, L, D] of the last L of T tokens, whose keys and values are [B, A, T, D]."""
     length, total = q.shape[2], keys.shape[2]
     if length == 1:
-        return functional.scaled_dot_product_attention(q, keys, values, scale=scale)
+        return dense_attention(q, keys, values, scale=scale)
     if q.device.type != "cpu":
         # Imported here because it brings torch's compiler along: seconds that a machine without a GPU never needs.
         from torch.nn.attention.bias import causal_lower_right
 
         mask = causal_lower_right(length, total)
-        return functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+        return dense_attention(q, keys, values, attn_mask=mask, scale=scale)
     blocks = []
     for start in range(0, length, _QUERY_BLOCK):
         block = q[:, :, start : start + _QUERY_BLOCK]
@@ -126,7 +126,7 @@ def _attend_reversed(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     vector = q.new_zeros(length + total - 1)
     vector[total:] = -torch.inf
     mask = vector.as_strided((length, total), (1, 1))
-    return functional.scaled_dot_product_attention(q.flip(2), keys, values, attn_mask=mask, scale=scale).flip(2)
+    return dense_attention(q.flip(2), keys, values, attn_mask=mask, scale=scale).flip(2)
 
 
 def empty_state(config: Evo2Config, batch_size: int, like: torch.Tensor, *, reserve: int = 0) -> AttentionState:
