@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NoReturn
 
 import torch
 
@@ -42,18 +42,21 @@ def cross_entropy(
     if logits.dim() != 2 or (weights is not None and weights.shape != logits.shape[:1]):
         refuse("cross_entropy", "logits must be [T, V], weights [T]", logits=logits, targets=targets, weights=weights)
     _check("cross_entropy", targets, logits=logits, weights=weights)
-    looked_at = _check_ids("cross_entropy", targets, logits.shape[1], ignore_index)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    scored = (targets != ignore_index).to(wide)
-    if weights is not None:
-        scored = scored * weights.detach().to(wide)
+    has_target = targets != ignore_index
+    scored = has_target.to(wide) if weights is None else has_target * weights.detach().to(wide)
     if takes_triton("cross_entropy", logits) and logits.shape[1] <= _MOST_CLASSES:
         from cistron_kernels.cross_entropy import kernel
 
+        _check_ids("cross_entropy", targets, logits.shape[1], ignore_index)
         losses = kernel.cross_entropy(logits, targets, scored, ignore_index)
+    elif _can_look_at(targets):
+        try:
+            losses = reference.losses_of_known(logits, targets, scored, ignore_index=ignore_index)
+        except IndexError:  # Torch looks at every id anyway.
+            _refuse_ids("cross_entropy", targets, logits.shape[1])
     else:
-        form = reference.losses_of_known if looked_at else reference.cross_entropy
-        losses = form(logits, targets, scored, ignore_index=ignore_index)
+        losses = reference.cross_entropy(logits, targets, scored, ignore_index=ignore_index)
     return losses.sum(), scored.sum()
 
 
@@ -94,12 +97,16 @@ def _check(op: str, targets: torch.Tensor, **tensors: torch.Tensor | None) -> No
     check_same_device(op, **tensors, targets=targets)
 
 
-def _check_ids(op: str, targets: torch.Tensor, num_classes: int, ignore_index: int | None) -> bool:
-    """Refuse ids outside of the vocabulary where they can be looked at without waiting, and return whether they can."""
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    if targets.numel():
-        low, high = (targets if ignore_index is None else targets.where(targets != ignore_index, 0)).aminmax()
-        if low < 0 or high >= num_classes:
-            refuse(op, f"targets must be ids of {num_classes} classes, and some are not", targets=targets)
-    return True
+def _check_ids(op: str, targets: torch.Tensor, num_classes: int, ignore_index: int | None) -> None:
+    """Refuse ids outside of the vocabulary where they can be looked at."""
+    if _can_look_at(targets) and not reference.known_ids(targets, num_classes, ignore_index).all():
+        _refuse_ids(op, targets, num_classes)
+
+
+def _can_look_at(targets: torch.Tensor) -> bool:
+    """Return whether they are in host memory, and there."""
+    return targets.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _refuse_ids(op: str, targets: torch.Tensor, num_classes: int) -> NoReturn:
+    refuse(op, f"targets must be ids of {num_classes} classes, and some are not", targets=targets)
