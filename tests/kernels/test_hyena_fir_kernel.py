@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from tests.kernels.harness import assert_close, compare
-from torch._subclasses import FakeTensorMode
 
 from cistron_kernels.dispatch import override
 from cistron_kernels.hyena_fir import gated_fir, hyena_fir
@@ -121,11 +120,7 @@ def test_pytorch_knows_the_operation(arguments: tuple[Any, ...]):
     torch.library.opcheck(kernel.fir_backward, (*detached[:-1], grad_y, arguments[-1]), test_utils=checks[:2])
 
 
-@pytest.mark.parametrize("by_reference", [False, True])
-def test_it_compiles_into_one_graph(by_reference: bool, monkeypatch: pytest.MonkeyPatch):
-    from cistron_kernels.hyena_fir import kernel
-
-    monkeypatch.setattr(kernel, "backward_fits", lambda x, gated: not by_reference)
+def test_it_compiles_into_one_graph():
     tensors = gated(1, 2, 20, 1, 4)
     taps = tensors["taps"].requires_grad_()
 
@@ -137,29 +132,6 @@ def test_it_compiles_into_one_graph(by_reference: bool, monkeypatch: pytest.Monk
         compiled = torch.compile(gated_fir, fullgraph=True, backend="aot_eager")
         got = torch.autograd.grad(loss(compiled), taps)[0]
     torch.testing.assert_close(got, want)
-
-
-def test_gated_gradients_in_fp32_on_a_gpu_come_from_the_reference():
-    from cistron_kernels.hyena_fir.launching import backward_fits
-
-    assert backward_fits(torch.empty(1), gated=True)
-    with FakeTensorMode():
-        x = torch.empty(1, device="cuda")
-        assert not backward_fits(x, gated=True)
-        assert backward_fits(x, gated=False)
-        assert backward_fits(x.bfloat16(), gated=True)
-
-
-@pytest.mark.parametrize("histories", [False, True])
-def test_gradients_by_way_of_the_reference(histories: bool, monkeypatch: pytest.MonkeyPatch):
-    from cistron_kernels.hyena_fir import kernel
-
-    monkeypatch.setattr(kernel, "backward_fits", lambda x, gated: False)
-    monkeypatch.delattr(kernel, "fir_backward")
-    tensors = {**gated(2, 4, 37, 2, 7, projection_width=2), "skip": torch.randn(4)}
-    if histories:
-        tensors |= {"projection_history": torch.randn(2, 12, 1), "history": torch.randn(2, 4, 6)}
-    compare(gated_fir, tensors, order="impulse")
 
 
 @pytest.mark.parametrize(

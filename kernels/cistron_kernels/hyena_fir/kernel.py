@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from cistron_kernels.hyena_fir import launching, reference
 from cistron_kernels.hyena_fir.backward import backward_kernel
 from cistron_kernels.hyena_fir.forward import forward_kernel
 from cistron_kernels.hyena_fir.histories import last_gated_inputs
-from cistron_kernels.hyena_fir.launching import PROJECTION_TAPS, backward_fits, constants, fits, inputs, plan
+from cistron_kernels.hyena_fir.launching import PROJECTION_TAPS, constants, fits, inputs, plan
 from cistron_kernels.hyena_fir.reference import TapOrder, per_channel
 from cistron_kernels.launch import on_device
 from cistron_kernels.rows import aligned, empty_rows, last_inputs
@@ -172,17 +171,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    needs, tensors = ctx.needs_input_grad[:6], ctx.saved_tensors
-    order: TapOrder = "impulse" if ctx.impulse else "correlation"
-    x, projection_taps, taps, skip, *_ = tensors
-    if not backward_fits(x, gated=projection_taps is not None):
-        return *_gradients_by_reference(grad_y, order, tensors, needs), None
+    tensors = ctx.saved_tensors
     grad_x, grad_projection_taps, grad_taps, grad_skip = fir_backward(*tensors, grad_y, ctx.impulse)
-    grad_histories: tuple[Tensor | None, ...] = (None, None)
-    if any(needs[4:]):  # They reach the first few outputs only.
-        head = slice(taps.shape[1] + PROJECTION_TAPS)
-        tensors, needs = (x[..., head], *tensors[1:]), (*[False] * 4, *needs[4:])
-        grad_histories = _gradients_by_reference(grad_y[..., head], order, tensors, needs)[4:]
+    grad_histories: tuple[Tensor | None, Tensor | None] = (None, None)
+    if any(ctx.needs_input_grad[4:6]):
+        grad_histories = _history_gradients(grad_y, "impulse" if ctx.impulse else "correlation", *tensors)
+    _, projection_taps, _, skip, _, _ = tensors
     return (
         grad_x,
         None if projection_taps is None else grad_projection_taps,
@@ -193,24 +187,29 @@ def _gradient(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _gradients_by_reference(
-    grad_y: Tensor, order: TapOrder, tensors: Sequence[Tensor | None], needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of those of the six `tensors` that need one, by way of the reference."""
-    leaves = [t if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-    x, projection_taps, taps, skip, projection_history, history = leaves
-    assert x is not None
-    assert taps is not None
+def _history_gradients(
+    grad_y: Tensor,
+    order: TapOrder,
+    x: Tensor,
+    projection_taps: Tensor | None,
+    taps: Tensor,
+    skip: Tensor | None,
+    projection_history: Tensor | None,
+    history: Tensor,
+) -> tuple[Tensor | None, Tensor]:
+    """Return the gradients of the histories, by way of the reference: they reach the first few outputs only."""
+    head = slice(taps.shape[1] + PROJECTION_TAPS)
+    x, grad_y, past = x[..., head], grad_y[..., head], history.detach().requires_grad_()
     with torch.enable_grad():
-        if projection_taps is None:
-            y, _ = reference.hyena_fir(x, taps, order=order, skip=skip, history=history)
-        else:
-            y, *_ = reference.gated_fir(
-                x, projection_taps, taps, order=order, skip=skip, projection_history=projection_history, history=history
-            )  # fmt: skip
-    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    grads = iter(torch.autograd.grad(y, wanted, grad_y))
-    return tuple(next(grads) if need else None for need in needs)
+        if projection_taps is None or projection_history is None:
+            y, _ = reference.hyena_fir(x, taps, order=order, skip=skip, history=past)
+            return None, torch.autograd.grad(y, past, grad_y)[0]
+        rows = projection_history.detach().requires_grad_()
+        y, *_ = reference.gated_fir(
+            x, projection_taps, taps, order=order, skip=skip, projection_history=rows, history=past
+        )  # fmt: skip
+        first, second = torch.autograd.grad(y, (rows, past), grad_y)
+    return first, second
 
 
 fir.register_autograd(_gradient, setup_context=_keep)

@@ -32,15 +32,6 @@ def fits(x: Tensor) -> bool:
     return shared >= _FP32_SHARED
 
 
-def backward_fits(x: Tensor, *, gated: bool) -> bool:
-    """Return whether the GPU has the registers for the gradient's kernel.
-
-    Operands of fp32 are two parts each. With the gates' gradients, a thread would keep 856 bytes of its own in memory
-    (HCM on Hopper), and fetch them for each chunk.
-    """
-    return not (gated and x.is_cuda and x.dtype == torch.float32)
-
-
 def plan(x: Tensor, channels: int, groups: int, rows: int, waves: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Return the grid, and a program's share: the longest stretches that leave `waves` programs per multiprocessor."""
     width = min(_MOST_CHANNELS, triton.next_power_of_2(channels // groups))
