@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any, Final, cast
 
 import torch
 
+from benchmarks.memory import peak, resident
 from cistron.models.esm2.blocks import Block
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.model import Esm2
@@ -47,11 +47,11 @@ def measure() -> dict[str, Any]:
     if difference > TOLERANCE:
         raise AssertionError(f"contacts differ from those of the full maps by {difference:.1e}")
     ids = _protein(TOKENS)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = resident()
     start = time.perf_counter()
     model.predict_contacts(ids)
     seconds = time.perf_counter() - start
-    growth = _peak() - before
+    growth = peak() - before
     maps = SHAPE.num_layers * SHAPE.num_attention_heads * TOKENS**2 * 4
     return {
         "tokens": TOKENS,
@@ -63,12 +63,6 @@ def measure() -> dict[str, Any]:
         "asked_difference": TOLERANCE,
         "seconds": round(seconds, 1),
     }
-
-
-def _peak() -> int:
-    """Return the largest resident memory of this program, in bytes; getrusage's begins with that of its parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 def _model() -> Esm2:

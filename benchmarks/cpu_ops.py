@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch.nn import functional
 
+from benchmarks.fft import convolved, long_filters
 from benchmarks.gpu.cases import all_cases
 from benchmarks.gpu.cases.case import Case, Draw, Shape, Tensors, leaves, relative_error, results
 from benchmarks.gpu.plan import ESM2_650M, EVO2_1B
@@ -208,27 +209,25 @@ def _hcm(
 ) -> torch.Tensor:
     post_gate, x = _gates(projected, projection_taps)
     filters = taps.repeat_interleave(x.shape[1] // len(taps), dim=0)
-    return post_gate * (_fft_convolved(x, filters) + skip[:, None] * x)
+    return post_gate * (_filtered(x, filters) + skip[:, None] * x)
 
 
 def _hcl(
     projected: torch.Tensor, projection_taps: torch.Tensor, skip: torch.Tensor, filters: torch.Tensor
 ) -> torch.Tensor:
     post_gate, x = _gates(projected, projection_taps)
-    return post_gate * (_fft_convolved(x, filters) + skip[:, None] * x)
+    return post_gate * (_filtered(x, filters) + skip[:, None] * x)
 
 
 def _with_filter(tensors: Tensors) -> Tensors:
     """Put HCL's filter [H, L] in the place of its poles and residues."""
     others = dict(tensors)
     log_poles, residues = others.pop("log_poles"), others.pop("residues")
-    powers = (log_poles[..., None] * torch.arange(tensors["projected"].shape[-1])).exp()
-    return {**others, "filters": (residues[..., None] * powers).sum(1)}
+    return {**others, "filters": long_filters(log_poles, residues, tensors["projected"].shape[-1])}
 
 
-def _fft_convolved(x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
-    size = 2 * x.shape[-1]
-    return torch.fft.irfft(torch.fft.rfft(x, size) * torch.fft.rfft(filters, size), size)[..., : x.shape[-1]]
+def _filtered(x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
+    return convolved(x, torch.fft.rfft(filters, 2 * x.shape[-1]))
 
 
 def _rolled_fir_step(

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.fft import convolved, long_filters
+from benchmarks.memory import peak, resident
 from benchmarks.timing import KEEP_FREED_MEMORY, in_new_process, interleaved
 from cistron_kernels.modal_scan import modal_scan
 
@@ -90,7 +92,7 @@ def _measure(length: int) -> dict[str, float]:
     inputs = _, log_poles_HS, residues_HS = _draw(length)
     with torch.no_grad():
         memory = _memory(*inputs)
-        filters_HL = _filters(log_poles_HS, residues_HS, length)
+        filters_HL = long_filters(log_poles_HS, residues_HS, length)
         forward = _forward(*inputs, filters_HL)
     return forward | memory | _forward_and_backward(*inputs, filters_HL)
 
@@ -114,14 +116,14 @@ def _forward(
         return modal_scan(x_BHL, log_poles_HS, residues_HS)[0]
 
     def build_and_convolve() -> torch.Tensor:
-        return _fft(x_BHL, torch.fft.rfft(_filters(log_poles_HS, residues_HS, length), 2 * length))
+        return convolved(x_BHL, torch.fft.rfft(long_filters(log_poles_HS, residues_HS, length), 2 * length))
 
     scanned = scan()
-    error = ((scanned - _fft(x_BHL, spectrum)).norm() / scanned.norm()).item()
+    error = ((scanned - convolved(x_BHL, spectrum)).norm() / scanned.norm()).item()
     if error > TOLERANCE:
         raise AssertionError(f"the scan differs from the FFT by {error:.1e} at length {length}: no speed is reported")
     cached = interleaved(
-        {"scan": _in_a_row(scan), "fft": _in_a_row(lambda: _fft(x_BHL, spectrum))}, rounds=ROUNDS[length]
+        {"scan": _in_a_row(scan), "fft": _in_a_row(lambda: convolved(x_BHL, spectrum))}, rounds=ROUNDS[length]
     )
     built = interleaved({"scan": _in_a_row(scan), "fft": build_and_convolve})
     return {
@@ -145,7 +147,7 @@ def _forward_and_backward(
 
     def fft() -> None:
         x, filters = (tensor.detach().requires_grad_() for tensor in (x_BHL, filters_HL))
-        _fft(x, torch.fft.rfft(filters, 2 * length)).backward(upstream)
+        convolved(x, torch.fft.rfft(filters, 2 * length)).backward(upstream)
 
     seconds = interleaved({"scan": scan, "fft": fft}, rounds=5)
     return {
@@ -164,25 +166,9 @@ def _in_a_row(function: Callable[[], object], calls: int = CALLS) -> Callable[[]
     return run
 
 
-def _filters(log_poles_HS: torch.Tensor, residues_HS: torch.Tensor, length: int) -> torch.Tensor:
-    """Build the filter as the published inference code does: every pole's powers, then their sum."""
-    powers_HSL = (log_poles_HS[..., None] * torch.arange(length)).exp()
-    return (residues_HS[..., None] * powers_HSL).sum(1)
-
-
-def _fft(x_BHL: torch.Tensor, spectrum: torch.Tensor) -> torch.Tensor:
-    length = x_BHL.shape[-1]
-    return torch.fft.irfft(torch.fft.rfft(x_BHL, 2 * length) * spectrum, 2 * length)[..., :length]
-
-
 def _peak_extra_mib(function: Callable[[], object]) -> float:
     """Return how far the resident memory rises above what is in use before the call."""
     Path("/proc/self/clear_refs").write_text("5")  # The peak starts anew.
-    before = _status_mib("VmRSS")
+    before = resident()
     function()
-    return _status_mib("VmHWM") - before
-
-
-def _status_mib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+    return (peak() - before) / 2**20

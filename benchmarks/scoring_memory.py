@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from benchmarks.memory import peak, resident
 from cistron.inference.batching import TOKEN_BUDGET
 from cistron.inference.score import score_sequences
 from cistron.models.base import SequenceModel
@@ -59,15 +59,15 @@ def measure(pattern: str, length: int) -> dict[str, Any]:
     model = _model(pattern)
     _check_chunks(model)
     sequence = "".join(random.Random(0).choices("ACGT", k=length))
-    before = _resident_bytes()
+    before = resident()
     start = time.perf_counter()
     score_sequences(model, [sequence], token_budget=ATTENTION_CHUNK if "*" in pattern else TOKEN_BUDGET)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    growth = peak() - before
     return {
         "pattern": pattern,
         "length": length,
-        "growth_mib": round((peak - before) / _MIB, 1),
+        "growth_mib": round(growth / _MIB, 1),
         "kv_mib": round(pattern.count("*") * length * 2 * HIDDEN * 4 / _MIB, 1),
         "asked": f"< {MOST_MIB} MiB, constant" if "*" not in pattern else "grows by kv_mib only",
         "seconds": round(seconds, 1),
@@ -115,11 +115,6 @@ def _check_chunks(model: SequenceModel) -> None:
     difference = np.abs(whole - by_chunks).max()
     if difference > TOLERANCE:
         raise AssertionError(f"by chunks a token's log-probability differs by {difference:.1e}")
-
-
-def _resident_bytes() -> int:
-    """Return the memory that this process holds now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 if __name__ == "__main__":

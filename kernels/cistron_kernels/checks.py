@@ -32,6 +32,19 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
         refuse(op, "all tensors must be on one device", **tensors)
 
 
+def check_choice(
+    op: str, name: str, value: object, allowed: tuple[str, ...], /, **tensors: torch.Tensor | None
+) -> None:
+    """Raise ValueError unless the value is one of those allowed."""
+    if value not in allowed:
+        refuse(op, f"{name} must be one of {', '.join(allowed)}, not {value!r}", **tensors)
+
+
+def can_look_at(tensor: torch.Tensor) -> bool:
+    """Return whether its numbers are there without waiting: in host memory, and not while a graph is traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_lengths(
     op: str, lengths: torch.Tensor | None, batch: int, length: int, **tensors: torch.Tensor | None
 ) -> None:
@@ -40,7 +53,7 @@ def check_lengths(
         return
     if lengths.shape != (batch,) or lengths.dtype not in INDEX_DTYPES:
         refuse(op, "lengths must be [B] whole numbers, int32 or int64", **tensors, lengths=lengths)
-    if lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+    if batch and can_look_at(lengths):
         low, high = (int(bound) for bound in lengths.aminmax())
         if low < 0 or high > length:
             problem = f"lengths must be from 0 to {length}, not from {low} to {high}"

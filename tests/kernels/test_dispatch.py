@@ -150,6 +150,9 @@ assert torch.equal(y, torch.ones(2, 4))
 
 
 def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CISTRON_KERNELS", "")
-    monkeypatch.setattr(dispatch, "_decisions", {})
-    assert dispatch.decision("glu").backend in ("torch", "triton")
+    decisions = []
+    for value in ("", "auto"):
+        monkeypatch.setenv("CISTRON_KERNELS", value)
+        monkeypatch.setattr(dispatch, "_decisions", {})
+        decisions.append(dispatch.decision("glu"))
+    assert decisions[0] == decisions[1]

@@ -117,15 +117,14 @@ def test_lengths_that_are_not_contiguous(lengths: torch.Tensor):
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_padding_that_is_not_a_number_stays_out_of_the_final_state(gated: bool):
-    scan, tensors, lengths = (gated_modal_scan, draw_gated, [20, 7]) if gated else (modal_scan, draw, [20, 7])
-    arguments = tensors(2, 1, 20)
-    name = "projected" if gated else "x"
+    scan, arguments = (gated_modal_scan, draw_gated(2, 1, 20)) if gated else (modal_scan, draw(2, 1, 20))
+    name, lengths = "projected" if gated else "x", torch.tensor([20, 7])
     arguments[name][1, :, 7:] = torch.nan
     with override("triton"):
-        *_, got = scan(**arguments, lengths=torch.tensor(lengths))
+        *_, got = scan(**arguments, lengths=lengths)
     arguments[name][1, :, 7:] = 0.0
     with override("torch"):
-        *_, want = scan(**arguments, lengths=torch.tensor(lengths))
+        *_, want = scan(**arguments, lengths=lengths)
     assert_close(got, want, 1e-5, "final state")
 
 

@@ -6,7 +6,7 @@ from typing import Final, NoReturn
 
 import torch
 
-from cistron_kernels.checks import check_floating, check_same_device, refuse
+from cistron_kernels.checks import can_look_at, check_floating, check_same_device, refuse
 from cistron_kernels.cross_entropy import reference
 from cistron_kernels.dispatch import takes_triton
 
@@ -50,7 +50,7 @@ def cross_entropy(
 
         _check_ids("cross_entropy", targets, logits.shape[1], ignore_index)
         losses = kernel.cross_entropy(logits, targets, scored, ignore_index)
-    elif _can_look_at(targets):
+    elif can_look_at(targets):
         try:
             losses = reference.losses_of_known(logits, targets, scored, ignore_index=ignore_index)
         except IndexError:  # Torch looks at every id anyway.
@@ -99,13 +99,8 @@ def _check(op: str, targets: torch.Tensor, **tensors: torch.Tensor | None) -> No
 
 def _check_ids(op: str, targets: torch.Tensor, num_classes: int, ignore_index: int | None) -> None:
     """Refuse ids outside of the vocabulary where they can be looked at."""
-    if _can_look_at(targets) and not reference.known_ids(targets, num_classes, ignore_index).all():
+    if can_look_at(targets) and not reference.known_ids(targets, num_classes, ignore_index).all():
         _refuse_ids(op, targets, num_classes)
-
-
-def _can_look_at(targets: torch.Tensor) -> bool:
-    """Return whether they are in host memory, and there."""
-    return targets.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _refuse_ids(op: str, targets: torch.Tensor, num_classes: int) -> NoReturn:

@@ -6,7 +6,7 @@ from typing import NoReturn, get_args
 
 import torch
 
-from cistron_kernels.checks import INDEX_DTYPES, refuse
+from cistron_kernels.checks import INDEX_DTYPES, check_choice, refuse
 from cistron_kernels.hyena_fir import TapOrder
 
 
@@ -53,8 +53,7 @@ def check_filter(
 ) -> None:
     """Raise ValueError unless there is such an order, and the groups of a filter divide the channels of its history."""
     groups = taps.shape[0]
-    if order not in get_args(TapOrder):
-        refuse(op, f"order must be one of {', '.join(get_args(TapOrder))}, not {order!r}", x=x, taps=taps)
+    check_choice(op, "order", order, get_args(TapOrder), x=x, taps=taps)
     if history.shape[2] != channels or not groups or channels % groups:
         tensors = {"x": x, "taps": taps, "history": history, "skip": skip}
         refuse(op, f"taps [G, K] must have a G that divides the {channels} channels of the history", **tensors)

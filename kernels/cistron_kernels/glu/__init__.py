@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 
-from cistron_kernels.checks import check_floating, check_same_device, refuse
+from cistron_kernels.checks import check_choice, check_floating, check_same_device, refuse
 from cistron_kernels.dispatch import takes_triton
 from cistron_kernels.glu import reference
 
@@ -31,8 +31,7 @@ def glu(gate: torch.Tensor, value: torch.Tensor, *, activation: Activation) -> t
     """
     if gate.shape != value.shape or gate.dtype != value.dtype or gate.dim() < 1:
         refuse("glu", "gate and value must be [..., F] of one shape and dtype", gate=gate, value=value)
-    if activation not in get_args(Activation):
-        refuse("glu", f"activation must be one of {', '.join(get_args(Activation))}", gate=gate, value=value)
+    check_choice("glu", "activation", activation, get_args(Activation), gate=gate, value=value)
     check_floating("glu", gate=gate, value=value)
     check_same_device("glu", gate=gate, value=value)
     if takes_triton("glu", gate, value):

@@ -6,7 +6,7 @@ from typing import get_args
 
 import torch
 
-from cistron_kernels.checks import check_floating, check_lengths, check_same_device, refuse
+from cistron_kernels.checks import check_choice, check_floating, check_lengths, check_same_device, refuse
 from cistron_kernels.dispatch import takes_triton
 from cistron_kernels.hyena_fir import reference
 from cistron_kernels.hyena_fir.reference import TapOrder
@@ -134,7 +134,6 @@ def _check(
     if history is not None and history.shape != (x.shape[0], channels, taps.shape[1] - 1):
         refuse(op, "history must be [B, channels, K-1]", **tensors)
     check_lengths(op, lengths, x.shape[0], x.shape[2], **tensors)
-    if order not in get_args(TapOrder):
-        refuse(op, f"order must be one of {', '.join(get_args(TapOrder))}, not {order!r}", **tensors)
+    check_choice(op, "order", order, get_args(TapOrder), **tensors)
     check_floating(op, **tensors)
     check_same_device(op, **tensors, lengths=lengths)

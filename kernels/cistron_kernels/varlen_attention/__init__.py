@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cistron_kernels.checks import check_floating, check_same_device, checked_offsets, refuse
+from cistron_kernels.checks import INDEX_DTYPES, can_look_at, check_floating, check_same_device, checked_offsets, refuse
 from cistron_kernels.dispatch import decision, takes_triton
 from cistron_kernels.varlen_attention import reference
 
@@ -55,7 +55,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.
         refuse(op, "q, k and v must have one dtype", **tensors)
     check_floating(op, **tensors)
     check_same_device(op, **tensors)
-    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in INDEX_DTYPES:
         refuse(op, "cu_seqlens must be [N+1] int32 or int64", cu_seqlens=cu_seqlens, **tensors)
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_look_at(cu_seqlens):
         checked_offsets(op, cu_seqlens, len(q), **tensors)
