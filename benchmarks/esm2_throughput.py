@@ -22,6 +22,7 @@ from cistron.io.fasta import read_fasta
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.model import Esm2
 from cistron.models.layers.int8 import QuantizationReport, quantize_linears
+from cistron.models.layers.linear import reorder_weights
 
 SHAPE: Final = Esm2Config(hidden_size=480, num_hidden_layers=12, num_attention_heads=20)
 SEQUENCES: Final = 96
@@ -45,6 +46,7 @@ def run() -> list[dict[str, Any]]:
     report = quantize_linears(int8)
     theirs = {attention: _hugging_face(ours, attention) for attention in ("eager", "sdpa")}
     rows = []
+    reorder_weights(ours)  # As the workers of jobs and of the service do.
     with EsmCpp.started(ours) as esm_cpp, torch.inference_mode():
         for mix, proteins in _mixes().items():
             ids = [ours.tokenizer.encode(protein) for protein in proteins]

@@ -28,6 +28,7 @@ from cistron.inference.batching import TOKEN_BUDGET
 from cistron.inference.generate import Generation, generate
 from cistron.models.base import SequenceModel
 from cistron.models.families import build, config_of
+from cistron.models.layers.linear import reorder_weights
 from cistron.models.manifest import read_manifest
 from cistron.models.registry import Precision, load_model
 from cistron_serve.limits import Limits
@@ -92,6 +93,7 @@ class ModelServer:
         dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
         device = resolve_device(settings.device)
         self._model = load_model(settings.source, device=device, dtype=dtype, precision=settings.precision)
+        reorder_weights(self._model)
         self._card = describe(model_id, self._model, settings)
         self._settings = settings
         self._metrics = ModelMetrics(model_id)

@@ -27,6 +27,7 @@ from cistron.errors import CapabilityError, ConfigError, InputError
 from cistron.io import storage
 from cistron.models.base import SequenceModel
 from cistron.models.checkpoint import save_checkpoint
+from cistron.models.layers.linear import Linear
 from cistron_jobs.bulk.config import BulkConfig
 from cistron_jobs.bulk.cut import cut
 from cistron_jobs.bulk.folder import PartsFolder
@@ -215,6 +216,23 @@ def test_a_part_that_kills_its_actors_is_given_up(files: Path):
     folder.claim({}, restart=False)  # A new run tries anew.
     with pytest.raises(MemoryError):
         actor(block)
+
+
+def test_a_worker_reorders_the_weights_once(files: Path):
+    folder = PartsFolder(str(files / "out.parquet"))
+    folder.claim({}, restart=False)
+    copies = []
+
+    def compute(model: SequenceModel, part: pa.Table) -> pa.Table:
+        copies.append([layer.reordered for layer in model.modules() if isinstance(layer, Linear)])
+        return part
+
+    worker = PartWorker(config(files, cls=CountConfig), "cpu", compute, folder).open()
+    for number in range(2):
+        worker(number, pa.table({"n": [1]}))
+    first, second = copies
+    assert first
+    assert all(mine is theirs is not None for mine, theirs in zip(first, second, strict=True))
 
 
 def test_no_records_no_output(files: Path):

@@ -12,6 +12,7 @@ import torch
 
 from cistron.errors import CapabilityError
 from cistron.models.base import SequenceModel
+from cistron.models.layers.linear import reorder_weights
 from cistron_jobs.bulk.folder import PartsFolder
 from cistron_jobs.model_config import ModelJobConfig, open_model
 
@@ -78,6 +79,7 @@ class OpenPartWorker:
     def _model(self) -> tuple[SequenceModel, TokenMeter]:
         # Not in the constructor: Ray keeps the error of a call whole, and of an actor's constructor only the text.
         model = open_model(self._worker.config, device=self._worker.device)
+        reorder_weights(model)
         return model, TokenMeter(model)
 
 

