@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cistron_kernels.modal_scan import chunks, gated_modal_scan, modal_scan
+from cistron_kernels.modal_scan import chunks, gated_modal_scan, matrices, modal_scan
 
 
 def direct(x: torch.Tensor, log_poles: torch.Tensor, residues: torch.Tensor, state: torch.Tensor | None = None):
@@ -65,7 +65,7 @@ def test_the_recurrence_by_pairs_equals_step_by_step(steps: int):
     states = [updates[:, :, 0]]
     for i in range(1, steps):
         states.append(log_decay.exp()[:, None] * states[-1] + updates[:, :, i])
-    chunks.accumulate(updates, log_decay)
+    chunks.accumulate(updates, matrices.level_decays(log_decay, steps))
     torch.testing.assert_close(updates, torch.stack(states, dim=2))
 
 
@@ -236,3 +236,59 @@ def test_compiles_into_one_graph():
     x.requires_grad_()
     got, want = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, scanned))
     torch.testing.assert_close(got, want)
+
+
+def without_keeping(x: torch.Tensor, log_poles: torch.Tensor, residues: torch.Tensor) -> torch.Tensor:
+    """Scan as if for a gradient, which makes the matrices anew."""
+    return modal_scan(x, log_poles.detach().clone().requires_grad_(), residues)[0].detach()
+
+
+def test_kept_matrices_are_those_of_the_numbers_of_the_moment():
+    x, log_poles, residues = draw(2, 3, 70)
+    first = modal_scan(x, log_poles, residues)[0]
+    made = matrices.kept_matrices(log_poles, residues, size=32, chunks=3)
+    assert matrices.kept_matrices(log_poles, residues, size=32, chunks=3) is made
+    torch.testing.assert_close(first, without_keeping(x, log_poles, residues), rtol=0, atol=0)
+    for tensor in (log_poles, residues):
+        tensor.data[1, 2] *= 2  # Past autograd: the tensor's version does not change.
+        got = modal_scan(x, log_poles, residues)[0]
+        assert not torch.equal(got, first)
+        torch.testing.assert_close(got, without_keeping(x, log_poles, residues), rtol=0, atol=0)
+        first = got
+
+
+@pytest.mark.parametrize("lengths", [(5, 70, 300, 33, 1), (300, 5)])
+def test_kept_matrices_serve_every_length(lengths: tuple[int, ...]):
+    _, log_poles, residues = draw(1, 3, 1)
+    for length in lengths:
+        x = torch.randn(2, 3, length, dtype=torch.float64)
+        got = modal_scan(x, log_poles, residues)[0]
+        torch.testing.assert_close(got, without_keeping(x, log_poles, residues), rtol=0, atol=0)
+
+
+def test_a_layer_that_changed_its_dtype_gets_other_matrices():
+    x, log_poles, residues = draw(1, 3, 40)
+    modal_scan(x, log_poles, residues)
+    log_poles.data, residues = log_poles.float(), residues.float()
+    got, state = modal_scan(x.float(), log_poles, residues)
+    assert got.dtype == state.dtype == torch.float32
+    torch.testing.assert_close(got, without_keeping(x.float(), log_poles, residues), rtol=0, atol=0)
+
+
+def test_matrices_made_in_inference_mode_serve_a_gradient_later():
+    x, log_poles, residues = draw(1, 3, 40)
+    with torch.inference_mode():
+        want = modal_scan(x, log_poles, residues)[0]
+    x.requires_grad_()
+    got = modal_scan(x, log_poles, residues)[0]
+    got.sum().backward()
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_matrices_go_with_the_layer():
+    x, log_poles, residues = draw(1, 3, 40)
+    before = len(matrices._KEPT)
+    modal_scan(x, log_poles, residues)
+    assert len(matrices._KEPT) == before + 1
+    del log_poles
+    assert len(matrices._KEPT) == before

@@ -20,8 +20,47 @@ _BLOCK_ELEMENTS = 2**21
 _CACHE_LINE = 64
 
 
+def scan_chunks(
+    x: torch.Tensor,
+    toeplitz: torch.Tensor,
+    to_state: torch.Tensor,
+    from_state: torch.Tensor,
+    log_decay: torch.Tensor,
+    decays: torch.Tensor,
+    initial: torch.Tensor,
+    whole: torch.Tensor | int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the scan, block of channels by block.
+
+    Args:
+        x: [B, H, L].
+        toeplitz: [H, C, C], as the next four :class:`~cistron_kernels.modal_scan.matrices.ScanMatrices`.
+        to_state: [H, C, S].
+        from_state: [H, S, C].
+        log_decay: [H, S], which receives a gradient and is not read.
+        decays: [K, H, S].
+        initial: [H, B, S], the state before the first chunk.
+        whole: [B], chunks after which each row's state is wanted, or one number of at least 1 for all rows.
+
+    Returns:
+        y [H, B, n, C] and the wanted states [H, B, S].
+    """
+    del log_decay
+    (batch, channels, length), size = x.shape, toeplitz.shape[-1]
+    y = _new((channels, batch, -(-length // size), size), toeplitz)
+    reached = torch.empty_like(initial)
+    states_of = _BlockStates(x, toeplitz, initial)
+    for block in _channel_blocks(x):
+        rows = _rows(x[:, block], toeplitz)
+        before, reached[block] = states_of(rows, to_state[block], decays[:, block], initial[block], whole)
+        out = y[block].flatten(1, 2)
+        torch.bmm(rows, toeplitz[block], out=out)
+        out.baddbmm_(before, from_state[block])
+    return y, reached
+
+
 class ChunkedScan(torch.autograd.Function):
-    """Outputs and states of all chunks, block of channels by block; nothing but the inputs is kept for the gradient."""
+    """The same with gradients; nothing but the inputs is kept for them."""
 
     @staticmethod
     def forward(
@@ -31,54 +70,31 @@ class ChunkedScan(torch.autograd.Function):
         to_state: torch.Tensor,
         from_state: torch.Tensor,
         log_decay: torch.Tensor,
+        decays: torch.Tensor,
         initial: torch.Tensor,
         whole: torch.Tensor | int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the scan.
-
-        Args:
-            ctx: autograd's.
-            x: [B, H, L].
-            toeplitz: [H, C, C], from a chunk's tokens (rows) to its outputs.
-            to_state: [H, C, S], from a chunk's tokens to the state after it.
-            from_state: [H, S, C], from the state before a chunk to its outputs.
-            log_decay: [H, S], the logarithm of what a chunk leaves of the state before it.
-            initial: [H, B, S], the state before the first chunk.
-            whole: [B], chunks after which each row's state is wanted, or one number of at least 1 for all rows.
-
-        Returns:
-            y [H, B, n, C] and the wanted states [H, B, S].
-        """
-        ctx.save_for_backward(x, toeplitz, to_state, from_state, log_decay, initial)
+        """Run the scan; see :func:`scan_chunks`."""
+        ctx.save_for_backward(x, toeplitz, to_state, from_state, decays, initial)
         ctx.whole = whole
-        (batch, channels, length), size = x.shape, toeplitz.shape[-1]
-        y = _new((channels, batch, -(-length // size), size), toeplitz)
-        reached = torch.empty_like(initial)
-        states_of = _BlockStates(x, toeplitz, initial)
-        for block in _channel_blocks(x):
-            rows = _rows(x[:, block], toeplitz)
-            before, reached[block] = states_of(rows, to_state[block], log_decay[block], initial[block], whole)
-            out = y[block].flatten(1, 2)
-            torch.bmm(rows, toeplitz[block], out=out)
-            out.baddbmm_(before, from_state[block])
-        return y, reached
+        return scan_chunks(x, toeplitz, to_state, from_state, log_decay, decays, initial, whole)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor, grad_reached: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Transpose every product of `forward` and run the recurrence from the last chunk to the first."""
-        x, toeplitz, to_state, from_state, log_decay, initial = ctx.saved_tensors
+        x, toeplitz, to_state, from_state, decays, initial = ctx.saved_tensors
         whole = ctx.whole
         grad_x = _new(grad_y.shape, toeplitz)
-        others = (toeplitz, to_state, from_state, log_decay, initial)
+        others = (toeplitz, to_state, from_state, decays[0], initial)
         grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in others]
         with torch.autocast(x.device.type, enabled=False):
             states_of = _BlockStates(x, toeplitz, initial)
             for block in _channel_blocks(x):
                 rows, grad_rows = _rows(x[:, block], toeplitz), grad_y[block].flatten(1, 2)
-                before, _ = states_of(rows, to_state[block], log_decay[block], initial[block], whole)
+                before, _ = states_of(rows, to_state[block], decays[:, block], initial[block], whole)
                 direct = torch.bmm(grad_rows, from_state[block].mT).view(len(rows), *grad_y.shape[1:3], -1)
-                adjoint = _adjoint(direct, grad_reached[block], whole, log_decay[block])
+                adjoint = _adjoint(direct, grad_reached[block], whole, decays[:, block])
                 after = adjoint[:, :, 1:].flatten(1, 2)
                 out = grad_x[block].flatten(1, 2)
                 torch.bmm(grad_rows, toeplitz[block].mT, out=out)
@@ -87,9 +103,10 @@ class ChunkedScan(torch.autograd.Function):
                 grad_toeplitz.copy_(torch.bmm(rows.mT, grad_rows))
                 grad_to_state.copy_(torch.bmm(rows.mT, after))
                 grad_from_state.copy_(torch.bmm(before.mT, grad_rows))
-                grad_log_decay.copy_((before * after).sum(1) * log_decay[block].exp())
+                grad_log_decay.copy_((before * after).sum(1) * decays[0, block])
                 grad_initial.copy_(adjoint[:, :, 0])
-        return grad_x.flatten(2).transpose(0, 1)[..., : x.shape[-1]].to(x.dtype), *grads, None
+        grad_x = grad_x.flatten(2).transpose(0, 1)[..., : x.shape[-1]].to(x.dtype)
+        return grad_x, *grads[:4], None, grads[4], None
 
 
 class _BlockStates:
@@ -105,7 +122,7 @@ class _BlockStates:
         self,
         rows: torch.Tensor,
         to_state: torch.Tensor,
-        log_decay: torch.Tensor,
+        decays: torch.Tensor,
         initial: torch.Tensor,
         whole: torch.Tensor | int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,8 +133,8 @@ class _BlockStates:
         count = len(rows) * rows.shape[1]
         after = self._memory[1 : count + 1].view(len(rows), *self._shape)
         torch.bmm(rows, to_state, out=after.flatten(1, 2))
-        after[:, :, 0].addcmul_(log_decay.exp()[:, None], initial)
-        accumulate(after, log_decay)
+        after[:, :, 0].addcmul_(decays[0][:, None], initial)
+        accumulate(after, decays)
         if isinstance(whole, torch.Tensor):
             reached = torch.where(whole[:, None] > 0, after[_chunk_of_rows((whole - 1).clamp(min=0))], initial)
         else:
@@ -171,34 +188,27 @@ def _chunk_of_rows(chunks: torch.Tensor | int) -> tuple[slice, torch.Tensor | sl
 
 
 def _adjoint(
-    direct: torch.Tensor, grad_reached: torch.Tensor, whole: torch.Tensor | int, log_decay: torch.Tensor
+    direct: torch.Tensor, grad_reached: torch.Tensor, whole: torch.Tensor | int, decays: torch.Tensor
 ) -> torch.Tensor:
     """Return the gradients [h, B, n+1, S] of all states from those through the outputs [h, B, n, S] and `reached`."""
     direct = functional.pad(direct, (0, 0, 0, 1))
     direct[_chunk_of_rows(whole)] += grad_reached
     backwards = direct.flip(2)
-    accumulate(backwards, log_decay)
+    accumulate(backwards, decays)
     return backwards.flip(2)
 
 
-def accumulate(updates: torch.Tensor, log_decay: torch.Tensor) -> None:
-    """Add to every update [h, B, n, S] the decayed ones before it, in place: ``u[i] += exp(log_decay) * u[i - 1]``.
+def accumulate(updates: torch.Tensor, decays: torch.Tensor) -> None:
+    """Add to every update [h, B, n, S] the decayed ones before it, in place: ``u[i] += decays[0] * u[i - 1]``.
 
-    Each update meets log2(n) powers, rounded once each; n steps in turn would repeat the rounding of one power n times,
-    which a pole that survives thousands of chunks shows in fp32.
+    Each update meets log2(n) of the decays [K, h, S] of 1, 2, 4, ... steps, rounded once each; n steps in turn would
+    repeat the rounding of one power n times, which a pole that survives thousands of chunks shows in fp32.
     """
-    levels = torch.arange(updates.shape[2].bit_length(), dtype=log_decay.dtype, device=updates.device)
-    log_decays = levels.exp2()[:, None, None] * log_decay
-    # What decays below the normal numbers is lost beside any update, and exp() takes four times as long to get there.
-    decays = log_decays.clamp_(min=1 + math.log(torch.finfo(log_decay.dtype).tiny)).exp_()
     _accumulate_by_pairs(updates, decays[..., None, None, :].unbind())
 
 
 def _accumulate_by_pairs(updates: torch.Tensor, decays: tuple[torch.Tensor, ...]) -> None:
-    """Do so for every other one by the recurrence over pairs of steps, and for the rest by one step from those.
-
-    `decays` are those of 1, 2, 4, ... steps.
-    """
+    """Do so for every other one by the recurrence over pairs of steps, and for the rest by one step from those."""
     steps = updates.shape[2]
     if steps > 1:
         pairs = updates[:, :, 1::2]

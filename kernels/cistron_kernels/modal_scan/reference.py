@@ -6,9 +6,9 @@ Shape legend: B batch, H channels, L length, S poles of a channel, C tokens of a
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
-from cistron_kernels.modal_scan.chunks import ChunkedScan
+from cistron_kernels.modal_scan.chunks import ChunkedScan, scan_chunks
+from cistron_kernels.modal_scan.matrices import can_keep, kept_matrices, scan_matrices
 
 
 def modal_scan(
@@ -27,28 +27,16 @@ def modal_scan(
         batch, channels, length = x.shape
         size = min(chunk, length)
         initial = x.new_zeros(batch, channels, log_poles.shape[1], dtype=wide) if state is None else state.to(wide)
-        # Powers as exp(k log pole): pole**k from a rounded pole loses two digits at 8k tokens and three at 131k.
-        powers = (log_poles[..., None] * torch.arange(size + 1, device=x.device, dtype=wide)).exp()
-        responses = residues[..., None] * powers
-        to_state = powers[..., :size].flip(-1).mT
-        whole = length // size if lengths is None else lengths // size
-        y, reached = ChunkedScan.apply(  # type: ignore[no-untyped-call]
-            x,
-            _toeplitz(responses[..., :size].sum(1)),
-            to_state,
-            responses[..., 1:],
-            log_poles * size,
-            initial.transpose(0, 1),
-            whole,
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, log_poles, residues, initial))
+        keeps = can_keep(log_poles) and not learns
+        matrices = (kept_matrices if keeps else scan_matrices)(
+            log_poles, residues, size=size, chunks=-(-length // size)
         )
+        whole = length // size if lengths is None else lengths // size
+        run = scan_chunks if keeps else ChunkedScan.apply
+        y, reached = run(x, *matrices, initial.transpose(0, 1), whole)
         y = y.flatten(2).transpose(0, 1)[..., :length].to(x.dtype)
-        return y, _final_state(x, reached.transpose(0, 1), log_poles, to_state, lengths)
-
-
-def _toeplitz(taps: torch.Tensor) -> torch.Tensor:
-    """Return [H, C, C] with ``taps[j - i]`` at row i and column j, zero below the diagonal."""
-    size = taps.shape[-1]
-    return functional.pad(taps, (size - 1, 0)).unfold(-1, size, 1).flip(1)
+        return y, _final_state(x, reached.transpose(0, 1), log_poles, matrices.to_state, lengths)
 
 
 def _final_state(
