@@ -26,3 +26,14 @@ def test_gradients(activation: Activation):
     torch.manual_seed(0)
     gate, value = (torch.randn(2, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(lambda a, b: glu(a, b, activation=activation), (gate, value))
+
+
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+def test_without_a_gradient_the_numbers_and_the_inputs_stay(activation: Activation):
+    both = torch.randn(3, 14)
+    before = both.clone()
+    want = glu(both[:, :7], both[:, 7:], activation=activation)
+    with torch.no_grad():
+        got = glu(both[:, :7], both[:, 7:], activation=activation)
+    assert torch.equal(got, want)
+    assert torch.equal(both, before)

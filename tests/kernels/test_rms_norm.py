@@ -48,3 +48,15 @@ def test_bf16_is_rounded_once():
     got = rms_norm(x, weight, eps=1e-6, eps_inside=False)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inside", [True, False])
+def test_without_a_gradient_the_numbers_and_the_inputs_stay(inside: bool, dtype: torch.dtype):
+    x, weight = torch.randn(3, 16).to(dtype), torch.rand(16)
+    before = x.clone()
+    want = rms_norm(x, weight, eps=1e-6, eps_inside=inside)
+    with torch.no_grad():
+        got = rms_norm(x, weight, eps=1e-6, eps_inside=inside)
+    assert torch.equal(got, want)
+    assert torch.equal(x, before)
