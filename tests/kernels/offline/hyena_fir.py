@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import triton.language as tl
@@ -38,6 +39,21 @@ def _case(name: str, direction: str, rows: int, constants: dict[str, Any], most_
     )
 
 
+def _fp32(case: Case) -> Case:
+    """Return a case in fp32, whose operands only Hopper and Blackwell have room for."""
+    constants = {**case.constants, "GROUP": 4, "OPERAND": tl.float32}
+    return replace(
+        case,
+        name=f"{case.name}, fp32",
+        pointers=dict.fromkeys(case.pointers, "fp32"),
+        constants=constants,
+        num_warps=8,
+        most_registers=248,
+        most_shared=128 * 1024,
+        architectures=(90, 100),
+    )
+
+
 CASES = [
     _case("HCM", "forward", 32, _HCM, 200),
     _case("HCS", "forward", 32, _HCS, 168),
@@ -49,4 +65,6 @@ CASES = [
     _case("HCS with history", "forward", 32, _HCS | _HISTORY, 168),
     _case("HCM with history", "backward", 16, _HCM | _HISTORY, 255),
     _case("HCS with history", "backward", 16, _HCS | _HISTORY, 255),
+    _fp32(_case("HCM with history", "forward", 32, _HCM | _HISTORY, 200)),
+    _fp32(_case("depthwise", "backward", 16, _DEPTHWISE, 200)),
 ]
