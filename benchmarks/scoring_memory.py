@@ -1,8 +1,12 @@
-"""Peak memory of scoring one long sequence, above the weights: constant without attention, else growing by its KV."""
+"""Peak memory of scoring one long sequence, above the weights: constant without attention, else growing by its KV.
+
+It is measured in new processes whose C library returns what is freed, and once more as users have it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -14,6 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.memory import peak, resident
+from benchmarks.timing import RETURN_FREED_MEMORY
 from cistron.inference.batching import TOKEN_BUDGET
 from cistron.inference.score import score_sequences
 from cistron.models.base import SequenceModel
@@ -30,8 +35,8 @@ CASES: Final = (
     (WITH_ATTENTION, 100_000),
 )
 MOST_MIB: Final = 1024
-SLACK_MIB: Final = 64
-"""How much two runs of one case may differ: the allocator's doing, not the length's."""
+SLACK_MIB: Final = 32
+"""The request itself: letters, ids and log-probabilities, 20 bytes per nucleotide. An activation is 512 at 1M nt."""
 ATTENTION_CHUNK: Final = 1_024
 """Tokens of a piece with attention: of more, the activations would hide the keys and values."""
 ATTENTION_SLACK_MIB: Final = 16
@@ -41,9 +46,11 @@ _MIB: Final = 2**20
 
 def run() -> list[dict[str, Any]]:
     """Return one row per case; memory above what was asked for, or a wrong score, is an error."""
-    rows = [_in_fresh_process(pattern, length) for pattern, length in CASES]
-    free = [row["growth_mib"] for row in rows if row["pattern"] == ATTENTION_FREE]
-    if max(free) > MOST_MIB or max(free) - min(free) > SLACK_MIB:
+    rows = [_row(pattern, length) for pattern, length in CASES]
+    alone = [row for row in rows if row["pattern"] == ATTENTION_FREE]
+    free = [row["growth_mib"] for row in alone]
+    most = max(max(row["growth_mib"], row["growth_mib_by_default"]) for row in alone)
+    if most > MOST_MIB or max(free) - min(free) > SLACK_MIB:
         raise AssertionError(
             f"without attention, growth must stay under {MOST_MIB} MiB and not depend on length: {rows}"
         )
@@ -75,11 +82,18 @@ def measure(pattern: str, length: int) -> dict[str, Any]:
     }
 
 
-def _in_fresh_process(pattern: str, length: int) -> dict[str, Any]:
+def _row(pattern: str, length: int) -> dict[str, Any]:
+    returned, default = (_in_fresh_process(pattern, length, variables) for variables in (RETURN_FREED_MEMORY, {}))
+    row = {"growth_mib": returned["growth_mib"], "growth_mib_by_default": default["growth_mib"]}
+    return {"pattern": pattern, "length": length, **row, **{name: default[name] for name in default if name not in row}}
+
+
+def _in_fresh_process(pattern: str, length: int, variables: dict[str, str]) -> dict[str, Any]:
     """Measure where nothing has been allocated before."""
     command = [sys.executable, "-m", "benchmarks.scoring_memory", pattern, str(length)]
     root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise AssertionError(f"{pattern} at {length} nt failed: {done.stderr}")
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

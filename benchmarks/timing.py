@@ -19,6 +19,8 @@ import torch
 
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_MMAP_THRESHOLD_": "4294967296"}
 """For the C library's allocator: tensors above 32 MiB are not returned to the system when they are freed."""
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+"""Tensors above 1 MiB are, so that a peak is what was in use; what is kept otherwise differs by 100 MiB and more."""
 RESULTS = Path(__file__).parent / "results"
 
 

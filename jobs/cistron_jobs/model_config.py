@@ -20,7 +20,8 @@ class ModelJobConfig(Config):
     """Where the model runs: auto (a GPU when there is one), cpu, cuda or cuda:1."""
     precision: Precision = "auto"
     """auto takes the path that is known to be good for the model on this device, or refuses; others run as named. int8:
-    the linear layers of ESM-2 on a CPU, 1.6 to 1.9 times as fast; the log says how far its logits are from fp32."""
+    the linear layers of ESM-2 on a CPU, 1.4 to 1.9 times as fast; the log says how far its logits are from fp32. In
+    fp32 on a CPU workers hold linear layers of up to 1 GiB twice, once in the order in which they are multiplied."""
 
 
 def checked_device(device: str) -> str:

@@ -58,7 +58,8 @@ class ModelSettings(Config):
     dtype: Literal["float32", "bfloat16"] | None = None
     """Number format of the weights; None keeps the stored one."""
     precision: Precision = "auto"
-    """``auto`` takes the path known to be good for the model here, or refuses; any other is taken as named."""
+    """``auto`` takes the path known to be good for the model here, or refuses; any other is taken as named. In fp32 on
+    a CPU a replica holds linear layers of up to 1 GiB twice, once in the order in which they are multiplied."""
     num_replicas: int = Field(default=1, ge=1, le=1024)
     """Copies of the model."""
     num_cpus: float = Field(default=1.0, ge=0.0, le=1024.0)

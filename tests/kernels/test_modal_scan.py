@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -247,6 +251,8 @@ def test_kept_matrices_are_those_of_the_numbers_of_the_moment():
     x, log_poles, residues = draw(2, 3, 70)
     first = modal_scan(x, log_poles, residues)[0]
     made = matrices.kept_matrices(log_poles, residues, size=32, chunks=3)
+    assert made is not None
+    modal_scan(x[..., :40], log_poles, residues)
     assert matrices.kept_matrices(log_poles, residues, size=32, chunks=3) is made
     torch.testing.assert_close(first, without_keeping(x, log_poles, residues), rtol=0, atol=0)
     for tensor in (log_poles, residues):
@@ -257,13 +263,21 @@ def test_kept_matrices_are_those_of_the_numbers_of_the_moment():
         first = got
 
 
-@pytest.mark.parametrize("lengths", [(5, 70, 300, 33, 1), (300, 5)])
+@pytest.mark.parametrize("lengths", [(5, 70, 300, 33, 1, 32), (300, 5, 70)])
 def test_kept_matrices_serve_every_length(lengths: tuple[int, ...]):
     _, log_poles, residues = draw(1, 3, 1)
     for length in lengths:
         x = torch.randn(2, 3, length, dtype=torch.float64)
         got = modal_scan(x, log_poles, residues)[0]
         torch.testing.assert_close(got, without_keeping(x, log_poles, residues), rtol=0, atol=0)
+
+
+def test_a_prompt_shorter_than_a_chunk_does_not_replace_what_is_kept():
+    x, log_poles, residues = draw(2, 3, 70)
+    modal_scan(x, log_poles, residues)
+    made = matrices.kept_matrices(log_poles, residues, size=32, chunks=3)
+    modal_scan(x[..., :5], log_poles, residues)
+    assert matrices.kept_matrices(log_poles, residues, size=32, chunks=3) is made is not None
 
 
 def test_a_layer_that_changed_its_dtype_gets_other_matrices():
@@ -275,20 +289,33 @@ def test_a_layer_that_changed_its_dtype_gets_other_matrices():
     torch.testing.assert_close(got, without_keeping(x.float(), log_poles, residues), rtol=0, atol=0)
 
 
-def test_matrices_made_in_inference_mode_serve_a_gradient_later():
+def test_matrices_kept_in_inference_mode_serve_outside_of_it():
     x, log_poles, residues = draw(1, 3, 40)
     with torch.inference_mode():
         want = modal_scan(x, log_poles, residues)[0]
-    x.requires_grad_()
-    got = modal_scan(x, log_poles, residues)[0]
-    got.sum().backward()
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    made = matrices.kept_matrices(log_poles, residues, size=32, chunks=2)
+    torch.testing.assert_close(modal_scan(x, log_poles, residues)[0], want, rtol=0, atol=0)
+    assert matrices.kept_matrices(log_poles, residues, size=32, chunks=2) is made is not None
+    modal_scan(x.requires_grad_(), log_poles, residues)[0].sum().backward()
+    assert x.grad is not None
+
+
+def test_what_is_only_traced_is_not_kept():
+    x, log_poles, residues = draw(1, 3, 40)
+    want = modal_scan(x, log_poles.clone(), residues)[0]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert modal_scan(mode.from_tensor(x), log_poles, residues)[0].shape == x.shape
+    with pytest.raises(RuntimeError, match="atching rule"):
+        torch.vmap(lambda residues: modal_scan(x, log_poles, residues)[0])(residues.expand(2, -1, -1))
+    torch.testing.assert_close(modal_scan(x, log_poles, residues)[0], want, rtol=0, atol=0)
 
 
 def test_matrices_go_with_the_layer():
     x, log_poles, residues = draw(1, 3, 40)
-    before = len(matrices._KEPT)
     modal_scan(x, log_poles, residues)
-    assert len(matrices._KEPT) == before + 1
-    del log_poles
-    assert len(matrices._KEPT) == before
+    made = matrices.kept_matrices(log_poles, residues, size=32, chunks=2)
+    assert made is not None
+    left = weakref.ref(made.toeplitz)
+    del log_poles, made
+    gc.collect()
+    assert left() is None

@@ -84,25 +84,26 @@ class _Kept:
 
 
 _KEPT: Final = WeakTensorKeyDictionary()
-"""By the log poles' tensor, and as long as that lives. A layer's are a few percent of the layer's weights."""
+"""By the log poles' tensor, and as long as that lives."""
 
 
-@torch.no_grad()
-def kept_matrices(log_poles: torch.Tensor, residues: torch.Tensor, *, size: int, chunks: int) -> ScanMatrices:
-    """Return the same without gradients: those of the last call if the numbers are what they were.
+def kept_matrices(log_poles: torch.Tensor, residues: torch.Tensor, *, size: int, chunks: int) -> ScanMatrices | None:
+    """Return what :func:`keep_matrices` kept, if the numbers are what they were and it serves so many chunks.
 
-    Making them is a tenth of the scan at 8,000 tokens, and more of it in shorter sequences.
+    Making the matrices is a tenth of the scan at 8,000 tokens, and more of it in shorter sequences.
     """
-    kept = _KEPT.get(log_poles)  # type: ignore[no-untyped-call]
-    if kept is None or not kept.is_for(log_poles, residues, size, chunks):
-        matrices = scan_matrices(log_poles, residues, size=size, chunks=chunks)
-        kept = _KEPT[log_poles] = _Kept(log_poles.clone(), residues.clone(), matrices)
-    return kept.matrices
+    kept: _Kept | None = _KEPT.get(log_poles)  # type: ignore[no-untyped-call]
+    return kept.matrices if kept is not None and kept.is_for(log_poles, residues, size, chunks) else None
 
 
-def can_keep(log_poles: torch.Tensor) -> bool:
-    """Return whether :func:`kept_matrices` can compare: plain numbers in host memory."""
-    return type(log_poles) in (torch.Tensor, nn.Parameter) and can_look_at(log_poles)
+def keep_matrices(log_poles: torch.Tensor, residues: torch.Tensor, matrices: ScanMatrices) -> None:
+    """Keep matrices without a gradient, until others are made from the same tensor of log poles."""
+    _KEPT[log_poles] = _Kept(log_poles.clone(), residues.clone(), matrices)
+
+
+def can_compare(*tensors: torch.Tensor) -> bool:
+    """Return whether these are plain numbers in host memory."""
+    return all(type(tensor) in (torch.Tensor, nn.Parameter) and can_look_at(tensor) for tensor in tensors)
 
 
 def _are_equal(kept: torch.Tensor, given: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from cistron_kernels.modal_scan.chunks import ChunkedScan, scan_chunks
-from cistron_kernels.modal_scan.matrices import can_keep, kept_matrices, scan_matrices
+from cistron_kernels.modal_scan.matrices import can_compare, keep_matrices, kept_matrices, scan_matrices
 
 
 def modal_scan(
@@ -28,13 +28,16 @@ def modal_scan(
         size = min(chunk, length)
         initial = x.new_zeros(batch, channels, log_poles.shape[1], dtype=wide) if state is None else state.to(wide)
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, log_poles, residues, initial))
-        keeps = can_keep(log_poles) and not learns
-        matrices = (kept_matrices if keeps else scan_matrices)(
-            log_poles, residues, size=size, chunks=-(-length // size)
-        )
+        # One prompt shorter than a chunk has matrices of its own, and does not take the place of the layer's.
+        keeps = not learns and length >= chunk and can_compare(x, log_poles, residues)
+        sizes = {"size": size, "chunks": -(-length // size)}
+        kept = kept_matrices(log_poles, residues, **sizes) if keeps else None
+        matrices = kept or scan_matrices(log_poles, residues, **sizes)
         whole = length // size if lengths is None else lengths // size
-        run = scan_chunks if keeps else ChunkedScan.apply
+        run = ChunkedScan.apply if learns or torch.compiler.is_compiling() else scan_chunks
         y, reached = run(x, *matrices, initial.transpose(0, 1), whole)
+        if keeps and kept is None:
+            keep_matrices(log_poles, residues, matrices)
         y = y.flatten(2).transpose(0, 1)[..., :length].to(x.dtype)
         return y, _final_state(x, reached.transpose(0, 1), log_poles, matrices.to_state, lengths)
 

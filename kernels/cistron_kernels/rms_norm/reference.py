@@ -28,9 +28,9 @@ def rms_norm(
         root_mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * wide.shape[-1] ** -0.5
         scale = 1.0 / (root_mean_square + eps)
     normalised = wide * scale
-    # New memory costs a CPU half as much as all of this.
-    normalised = normalised * weight if torch.is_grad_enabled() else normalised.mul_(weight)
-    return normalised.to(dtype or x.dtype)
+    if torch.is_grad_enabled() or weight.dtype.itemsize > normalised.dtype.itemsize:
+        return (normalised * weight).to(dtype or x.dtype)
+    return normalised.mul_(weight).to(dtype or x.dtype)  # New memory costs a CPU half as much as all of this.
 
 
 def add_rms_norm(

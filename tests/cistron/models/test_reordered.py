@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from tests.tiny_models import tiny_evo2
@@ -67,6 +70,17 @@ def test_a_program_that_only_infers_keeps_the_copies():
     assert_close(model(ids).logits, before, relative=1e-5)
 
 
+@torch.inference_mode()
+def test_a_copied_or_pickled_model_has_plain_layers():
+    model, ids = tiny_evo2(), torch.tensor([list(b"ACGTTGCA")])
+    before = model(ids).logits
+    reorder_weights(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # what was just written
+        assert reordered(twin) == 0
+        assert torch.equal(twin(ids).logits, before)
+    assert reordered(model)
+
+
 def test_other_precisions_and_large_models_keep_their_layers(monkeypatch: pytest.MonkeyPatch):
     half, emulated, large = tiny_evo2().bfloat16(), tiny_evo2(layer_pattern="S"), tiny_evo2()
     set_fp8_path(emulated, "emulated")
@@ -76,3 +90,4 @@ def test_other_precisions_and_large_models_keep_their_layers(monkeypatch: pytest
     monkeypatch.setattr(linear, "MOST_BYTES", 1000)
     with reordered_weights(large):
         assert reordered(large) == 0
+    assert reorder_weights(large, most_bytes=1000) == []

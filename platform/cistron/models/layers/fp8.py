@@ -115,7 +115,7 @@ class Fp8Projection(Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what can be made again: copies and pickles need not hold the weight twice."""
-        return {**self.__dict__, "_rounded": None, "_engine": None}
+        return {**super().__getstate__(), "_rounded": None, "_engine": None}
 
 
 def set_fp8_path(model: nn.Module, path: Fp8Path | None) -> None:

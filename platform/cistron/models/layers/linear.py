@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import nn
@@ -14,7 +14,9 @@ from cistron.models.layers import onednn
 from cistron_kernels.bias_gelu import bias_gelu
 
 MOST_BYTES: Final = 4 << 30
-"""Models with larger linear layers keep one copy of their weights and are slower."""
+"""Models with larger linear layers get no second copy of their weights for a block, and are slower."""
+MOST_KEPT_BYTES: Final = 1 << 30
+"""Nor larger ones than this for good."""
 
 
 class Linear(nn.Linear):
@@ -28,9 +30,14 @@ class Linear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # the base class names it so
         """Map [..., inputs] to [..., outputs]."""
         if self._runs_on_onednn(input):
-            weight = self.weight if self.reordered is None else self.reordered
+            reordered = self.reordered  # Read once: a block of another thread may end meanwhile.
+            weight = self.weight if reordered is None else reordered
             return onednn.linear(input, weight, self.bias, gelu=self.gelu)
         return functional.linear(input, self.weight, self.bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the copy out, which can be neither copied nor pickled."""
+        return {name: value for name, value in self.__dict__.items() if name != "reordered"}
 
     def _runs_on_onednn(self, x: torch.Tensor) -> bool:
         return onednn.takes(x, self.weight, is_reordered=self.reordered is not None)
@@ -53,16 +60,16 @@ class GeluLinear(Linear):
         return bias_gelu(functional.linear(input, self.weight), self.bias)
 
 
-def reorder_weights(model: nn.Module) -> list[Linear]:
+def reorder_weights(model: nn.Module, *, most_bytes: int = MOST_KEPT_BYTES) -> list[Linear]:
     """Give the linear layers of a model on the CPU reordered copies of their fp32 weights, and return those layers.
 
     For a program that does nothing else with the model than infer: a layer does not see later changes of its weight.
     Worth its while where few rows at a time are multiplied many times, as in decoding; in packs of 2,048 tokens ESM-2
-    gains 5 %. Where it does not apply (another device or precision, layers above ``MOST_BYTES``, a torch without
-    oneDNN, layers that have theirs already) the layers stay as they are. Results agree to the rounding of fp32.
+    gains 5 %. Where it does not apply (another device or precision, copies above `most_bytes`, a torch without oneDNN,
+    layers that have theirs already) the layers stay as they are. Results agree to the rounding of fp32.
     """
     layers = [module for module in model.modules() if isinstance(module, Linear) and _can_reorder(module)]
-    if sum(layer.weight.nbytes for layer in layers) > MOST_BYTES:
+    if sum(layer.weight.nbytes for layer in layers) > most_bytes:
         return []
     copies = [onednn.reordered(layer.weight) for layer in layers]
     for layer, copy in zip(layers, copies, strict=True):
@@ -72,8 +79,8 @@ def reorder_weights(model: nn.Module) -> list[Linear]:
 
 @contextmanager
 def reordered_weights(model: nn.Module) -> Iterator[None]:
-    """Do so for this block; layers that another block or thread gave their copies keep those."""
-    layers = reorder_weights(model)
+    """Do so for this block, up to ``MOST_BYTES``; layers that have their copies already keep them."""
+    layers = reorder_weights(model, most_bytes=MOST_BYTES)
     try:
         yield
     finally:
