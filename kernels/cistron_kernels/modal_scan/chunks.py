@@ -15,37 +15,28 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from cistron_kernels.modal_scan.matrices import ScanMatrices
+
 # Elements of `x` that one block of channels holds on CPU: with its states and outputs they fit a last-level cache.
 _BLOCK_ELEMENTS = 2**21
 _CACHE_LINE = 64
 
 
 def scan_chunks(
-    x: torch.Tensor,
-    toeplitz: torch.Tensor,
-    to_state: torch.Tensor,
-    from_state: torch.Tensor,
-    log_decay: torch.Tensor,
-    decays: torch.Tensor,
-    initial: torch.Tensor,
-    whole: torch.Tensor | int,
+    x: torch.Tensor, matrices: ScanMatrices, initial: torch.Tensor, whole: torch.Tensor | int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the scan, block of channels by block.
 
     Args:
         x: [B, H, L].
-        toeplitz: [H, C, C], as the next four :class:`~cistron_kernels.modal_scan.matrices.ScanMatrices`.
-        to_state: [H, C, S].
-        from_state: [H, S, C].
-        log_decay: [H, S], which receives a gradient and is not read.
-        decays: [K, H, S].
+        matrices: for chunks of C tokens.
         initial: [H, B, S], the state before the first chunk.
         whole: [B], chunks after which each row's state is wanted, or one number of at least 1 for all rows.
 
     Returns:
         y [H, B, n, C] and the wanted states [H, B, S].
     """
-    del log_decay
+    toeplitz, to_state, from_state, _, decays = matrices
     (batch, channels, length), size = x.shape, toeplitz.shape[-1]
     y = _new((channels, batch, -(-length // size), size), toeplitz)
     reached = torch.empty_like(initial)
@@ -64,29 +55,22 @@ class ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        toeplitz: torch.Tensor,
-        to_state: torch.Tensor,
-        from_state: torch.Tensor,
-        log_decay: torch.Tensor,
-        decays: torch.Tensor,
-        initial: torch.Tensor,
-        whole: torch.Tensor | int,
+        ctx: Any, x: torch.Tensor, initial: torch.Tensor, whole: torch.Tensor | int, *matrices: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the scan; see :func:`scan_chunks`."""
-        ctx.save_for_backward(x, toeplitz, to_state, from_state, decays, initial)
+        """Run the scan; see :func:`scan_chunks`. Autograd sees tensors only, so the matrices come one by one."""
+        ctx.save_for_backward(x, initial, *matrices)
         ctx.whole = whole
-        return scan_chunks(x, toeplitz, to_state, from_state, log_decay, decays, initial, whole)
+        return scan_chunks(x, ScanMatrices(*matrices), initial, whole)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor, grad_reached: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Transpose every product of `forward` and run the recurrence from the last chunk to the first."""
-        x, toeplitz, to_state, from_state, decays, initial = ctx.saved_tensors
+        x, initial, *matrices = ctx.saved_tensors
+        toeplitz, to_state, from_state, log_decay, decays = matrices
         whole = ctx.whole
         grad_x = _new(grad_y.shape, toeplitz)
-        others = (toeplitz, to_state, from_state, decays[0], initial)
+        others = (initial, toeplitz, to_state, from_state, log_decay)
         grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in others]
         with torch.autocast(x.device.type, enabled=False):
             states_of = _BlockStates(x, toeplitz, initial)
@@ -99,14 +83,14 @@ class ChunkedScan(torch.autograd.Function):
                 out = grad_x[block].flatten(1, 2)
                 torch.bmm(grad_rows, toeplitz[block].mT, out=out)
                 out.baddbmm_(after, to_state[block].mT)
-                grad_toeplitz, grad_to_state, grad_from_state, grad_log_decay, grad_initial = (g[block] for g in grads)
+                grad_initial, grad_toeplitz, grad_to_state, grad_from_state, grad_log_decay = (g[block] for g in grads)
                 grad_toeplitz.copy_(torch.bmm(rows.mT, grad_rows))
                 grad_to_state.copy_(torch.bmm(rows.mT, after))
                 grad_from_state.copy_(torch.bmm(before.mT, grad_rows))
                 grad_log_decay.copy_((before * after).sum(1) * decays[0, block])
                 grad_initial.copy_(adjoint[:, :, 0])
         grad_x = grad_x.flatten(2).transpose(0, 1)[..., : x.shape[-1]].to(x.dtype)
-        return grad_x, *grads[:4], None, grads[4], None
+        return grad_x, grads[0], None, *grads[1:], None
 
 
 class _BlockStates:

@@ -34,8 +34,11 @@ def modal_scan(
         kept = kept_matrices(log_poles, residues, **sizes) if keeps else None
         matrices = kept or scan_matrices(log_poles, residues, **sizes)
         whole = length // size if lengths is None else lengths // size
-        run = ChunkedScan.apply if learns or torch.compiler.is_compiling() else scan_chunks
-        y, reached = run(x, *matrices, initial.transpose(0, 1), whole)
+        initial = initial.transpose(0, 1)
+        if learns or torch.compiler.is_compiling():
+            y, reached = ChunkedScan.apply(x, initial, whole, *matrices)  # type: ignore[no-untyped-call]
+        else:
+            y, reached = scan_chunks(x, matrices, initial, whole)
         if keeps and kept is None:
             keep_matrices(log_poles, residues, matrices)
         y = y.flatten(2).transpose(0, 1)[..., :length].to(x.dtype)
