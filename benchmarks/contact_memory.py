@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
 
 from benchmarks.memory import peak, resident
+from benchmarks.timing import in_new_process
 from cistron.models.esm2.blocks import Block
 from cistron.models.esm2.config import Esm2Config
 from cistron.models.esm2.model import Esm2
@@ -28,11 +25,7 @@ _MIB: Final = 2**20
 
 def run() -> list[dict[str, Any]]:
     """Return the measurement of a fresh process; too much memory, or contacts that differ, are an error."""
-    command = [sys.executable, "-m", "benchmarks.contact_memory"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise AssertionError(f"contacts failed: {done.stderr}")
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    row: dict[str, Any] = in_new_process(measure)
     if row["share"] >= LARGEST_SHARE:
         raise AssertionError(f"contacts took {row['share']} of the full maps' memory, asked is < {LARGEST_SHARE}")
     return [row]
@@ -103,7 +96,3 @@ def _difference(model: Esm2, ids: torch.Tensor) -> float:
     if want.std() < MOST_ALIKE:
         raise AssertionError("the contacts are all alike: comparing them proves nothing")
     return float((model.predict_contacts(ids) - want).abs().max())
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(measure()) + "\n")

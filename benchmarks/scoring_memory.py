@@ -5,20 +5,15 @@ It is measured in new processes whose C library returns what is freed, and once 
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 
 from benchmarks.memory import peak, resident
-from benchmarks.timing import RETURN_FREED_MEMORY
+from benchmarks.timing import RETURN_FREED_MEMORY, in_new_process
 from cistron.inference.batching import TOKEN_BUDGET
 from cistron.inference.score import score_sequences
 from cistron.models.base import SequenceModel
@@ -83,21 +78,11 @@ def measure(pattern: str, length: int) -> dict[str, Any]:
 
 
 def _row(pattern: str, length: int) -> dict[str, Any]:
-    returned, default = (_in_fresh_process(pattern, length, variables) for variables in (RETURN_FREED_MEMORY, {}))
+    returned, default = (
+        in_new_process(measure, pattern, length, environment=variables) for variables in (RETURN_FREED_MEMORY, {})
+    )
     row = {"growth_mib": returned["growth_mib"], "growth_mib_by_default": default["growth_mib"]}
     return {"pattern": pattern, "length": length, **row, **{name: default[name] for name in default if name not in row}}
-
-
-def _in_fresh_process(pattern: str, length: int, variables: dict[str, str]) -> dict[str, Any]:
-    """Measure where nothing has been allocated before."""
-    command = [sys.executable, "-m", "benchmarks.scoring_memory", pattern, str(length)]
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, **variables}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise AssertionError(f"{pattern} at {length} nt failed: {done.stderr}")
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
 
 
 def _model(pattern: str) -> SequenceModel:
@@ -129,7 +114,3 @@ def _check_chunks(model: SequenceModel) -> None:
     difference = np.abs(whole - by_chunks).max()
     if difference > TOLERANCE:
         raise AssertionError(f"by chunks a token's log-probability differs by {difference:.1e}")
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(measure(sys.argv[1], int(sys.argv[2]))) + "\n")

@@ -38,8 +38,6 @@ from cistron.tokenizers import ProteinTokenizer
 
 _TRAINED_MASK_SHARE: Final = 0.15 * 0.8
 """In pretraining 15 % of the tokens were targets, and 80 % of those became <mask>."""
-
-
 _SHORTEST_ROW: Final = 3
 """<cls>, one residue, <eos>."""
 
