@@ -58,6 +58,15 @@ def reverse_complement(sequence: str) -> str:
     return sequence[::-1].translate(_COMPLEMENT)
 
 
+def num_residues(sequence: str) -> int:
+    """Return the length of a protein, in which ``<mask>`` is one residue.
+
+    >>> num_residues("MK<mask>T")
+    4
+    """
+    return len(sequence) - (len(MASK) - 1) * sequence.count(MASK)
+
+
 def validate_dna(sequence: str, *, name: str = "sequence", max_length: int | None = None, offset: int = 0) -> str:
     """Return `sequence` unchanged when Evo 2 can read it.
 
@@ -67,7 +76,7 @@ def validate_dna(sequence: str, *, name: str = "sequence", max_length: int | Non
     Raises:
         SequenceError: empty, longer than `max_length`, or a letter outside the alphabet; names letter and position.
     """
-    _check_length(sequence, name=name, max_length=max_length, unit="nt")
+    _check_length(len(sequence), name=name, max_length=max_length, unit="nt")
     end = _match_end(_DNA, sequence)
     if end == len(sequence):
         return sequence
@@ -93,7 +102,7 @@ def validate_protein(
     Raises:
         SequenceError: empty, longer than `max_length` residues, or a letter outside the alphabet.
     """
-    _check_length(sequence.replace(MASK, "X"), name=name, max_length=max_length, unit="residues")
+    _check_length(num_residues(sequence), name=name, max_length=max_length, unit="residues")
     end = _match_end(_GAPPED_PROTEIN if gaps else _PROTEIN, sequence)
     if end < len(sequence):
         letter = sequence[end]
@@ -117,7 +126,10 @@ def refuse_dna(residues: str, *, name: str = "sequence") -> None:
     is_pure = length >= _SHORTEST_DNA and nucleotides == length and rarest > 0
     is_mixed = nucleotides >= _NUCLEOTIDE_SHARE * length and rarest >= _RAREST_BASE_SHARE * length
     if is_pure or (length >= _SHORTEST_MIXED_DNA and is_mixed):
-        raise SequenceError(f"{name}: this looks like DNA, and the model reads proteins: translate it first")
+        raise SequenceError(
+            f"{name}: this looks like DNA, and the model reads proteins: translate it first ({nucleotides:,} of its "
+            f"{length:,} letters are A, C, G, T, U or N)"
+        )
 
 
 def _protein_hint(letter: str) -> str:
@@ -129,11 +141,11 @@ def _protein_hint(letter: str) -> str:
     return "; write X for J (Leu or Ile)" if letter in "Jj" else hints.get(letter, "")
 
 
-def _check_length(sequence: str, *, name: str, max_length: int | None, unit: str) -> None:
-    if not sequence:
+def _check_length(length: int, *, name: str, max_length: int | None, unit: str) -> None:
+    if not length:
         raise SequenceError(f"{name}: the sequence is empty")
-    if max_length is not None and len(sequence) > max_length:
-        raise SequenceError(f"{name}: {len(sequence):,} {unit} is longer than the limit of {max_length:,}")
+    if max_length is not None and length > max_length:
+        raise SequenceError(f"{name}: {length:,} {unit} is longer than the limit of {max_length:,}")
 
 
 def _match_end(pattern: re.Pattern[str], sequence: str) -> int:

@@ -6,12 +6,13 @@ be encoded is decided at the door by :mod:`cistron.alphabets`, which each tokeni
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cistron.alphabets import MASK, refuse_dna, validate_dna, validate_protein
+from cistron.alphabets import MASK, num_residues, refuse_dna, validate_dna, validate_protein
 
 ESM2_TOKENS: Final = (
     *("<cls>", "<pad>", "<eos>", "<unk>"),
@@ -37,6 +38,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: NDArray[np.int64] | list[int]) -> str:
         """Return the text of `ids`."""
+        ...
+
+    def num_letters(self, sequence: str) -> int:
+        """Return how many nucleotides or residues a sequence has."""
         ...
 
 
@@ -66,6 +71,10 @@ class ByteTokenizer:
     def decode(self, ids: NDArray[np.int64] | list[int]) -> str:
         """Return one character per id: latin-1 for 0 to 255, U+FFFD above."""
         return "".join(chr(i) if i < 256 else "\ufffd" for i in np.asarray(ids).tolist())
+
+    def num_letters(self, sequence: str) -> int:
+        """Return the number of letters, those of tags included."""
+        return len(sequence)
 
 
 class ProteinTokenizer:
@@ -112,5 +121,13 @@ class ProteinTokenizer:
         hidden = {self.cls_id, self.eos_id, self.pad_id}
         return "".join(ESM2_TOKENS[i] for i in np.asarray(ids).tolist() if i not in hidden)
 
+    def num_letters(self, sequence: str) -> int:
+        """Return the number of residues; ``<mask>`` is one."""
+        return num_residues(sequence)
+
     def _residues(self, text: str) -> NDArray[np.int64]:
         return self._table[np.frombuffer(text.encode("latin-1"), dtype=np.uint8)]
+
+
+TOKENIZERS: Final[Mapping[str, Tokenizer]] = {"evo2": ByteTokenizer(), "esm2": ProteinTokenizer()}
+"""By model family."""

@@ -14,11 +14,10 @@ from cistron.errors import InputError, SequenceError, UnknownNameError
 from cistron.inference.protein_windows import num_windows
 from cistron.inference.sampling import letter_ids
 from cistron.models.naming import canonical_layer
-from cistron.tokenizers import ByteTokenizer, ProteinTokenizer, Tokenizer
+from cistron.tokenizers import TOKENIZERS
 from cistron_serve.errors import ApiError, from_library
 from cistron_serve.schemas.native import EmbedRequest, GenerateRequest, ModelCard, ScoreRequest
 
-_TOKENIZERS: Final[dict[str, Tokenizer]] = {"evo2": ByteTokenizer(), "esm2": ProteinTokenizer()}
 _SPLIT: Final = "split it into several requests"
 
 
@@ -42,7 +41,7 @@ def check_score(card: ModelCard, request: ScoreRequest) -> int:
         _check_absent(request.sequences, TAG_DELIMITER, "begins a tag, which has no reverse complement")
     passes, size = 2 if request.reverse_complement else 1, _window(card, request.window)
     forward = sum(length * (min(length, size) + 2) if card.family == "esm2" else length * passes for length in lengths)
-    _check_total(forward, card.limits.max_forward_tokens, "tokens through the model", "max_forward_tokens")
+    _check_forward(card, forward, lengths)
     return forward
 
 
@@ -68,7 +67,7 @@ def check_embed(card: ModelCard, request: EmbedRequest) -> int:
     if card.family != "esm2":
         return sum(lengths)
     forward = sum(num_windows(length, window=size) * (min(length, size) + 2) for length in lengths)
-    _check_total(forward, card.limits.max_forward_tokens, "tokens through the model", "max_forward_tokens")
+    _check_forward(card, forward, lengths)
     return forward
 
 
@@ -119,15 +118,15 @@ def _check_sequences(card: ModelCard, sequences: Sequence[str], *, field: str, m
     if len(sequences) > most:
         detail = f"{field}: {len(sequences):,} is more than the limit of {most:,}; {_SPLIT}"
         raise ApiError(422, "request.limit_exceeded", detail, param=field)
-    lengths = []
+    tokenizer, lengths = TOKENIZERS[card.family], []
     for index, sequence in enumerate(sequences):
         name = f"{field}[{index}]"
-        length = len(sequence.replace(MASK, "X")) if card.family == "esm2" else len(sequence)
+        length = tokenizer.num_letters(sequence)
         if length > card.max_length:
             detail = f"{name}: {length:,} letters are more than the {card.max_length:,} that {card.id} reads"
             raise ApiError(422, "sequence.too_long", detail, param=name)
         try:
-            _TOKENIZERS[card.family].validate(sequence, name=name)
+            tokenizer.validate(sequence, name=name)
         except SequenceError as error:
             raise from_library(error, param=name) from error
         lengths.append(length)
@@ -142,9 +141,17 @@ def _check_absent(sequences: Sequence[str], text: str, reason: str) -> None:
             raise ApiError(422, "sequence.invalid", detail, param=f"sequences[{index}]")
 
 
-def _check_total(got: int, most: int, what: str, limit: str) -> None:
+def _check_forward(card: ModelCard, tokens: int, lengths: Sequence[int]) -> None:
+    """Refuse more tokens through the model than are allowed; a single sequence cannot be split."""
+    alone = "ask for a smaller window" if card.family == "esm2" else "ask for one strand"
+    remedy = alone if len(lengths) == 1 else _SPLIT
+    most = card.limits.max_forward_tokens
+    _check_total(tokens, most, "tokens through the model", "max_forward_tokens", remedy=remedy)
+
+
+def _check_total(got: int, most: int, what: str, limit: str, *, remedy: str = _SPLIT) -> None:
     if got > most:
-        raise ApiError(413, "request.too_large", f"{got:,} {what} are more than {limit} = {most:,}; {_SPLIT}")
+        raise ApiError(413, "request.too_large", f"{got:,} {what} are more than {limit} = {most:,}; {remedy}")
 
 
 def _wrong_family(card: ModelCard, reason: str, *, param: str) -> ApiError:

@@ -9,6 +9,7 @@ from typing import TypedDict
 from cistron.inference.embed import Embedding
 from cistron.inference.generate import Generation
 from cistron.inference.score import SequenceScore
+from cistron.tokenizers import TOKENIZERS
 from cistron_serve.schemas import native
 
 
@@ -69,7 +70,7 @@ def _generation(result: Generation) -> native.Generation:
 def _stated(card: native.ModelCard, inputs: Sequence[str], start: float, *, generated: int = 0) -> _Stated:
     """Return what every answer states."""
     usage = native.Usage(
-        prompt_tokens=sum(map(len, inputs)),
+        prompt_tokens=sum(map(TOKENIZERS[card.family].num_letters, inputs)),
         generated_tokens=generated,
         elapsed_ms=round(1000 * (time.monotonic() - start)),
     )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from cistron.inference.embed import Embedding, embed_sequences
+from cistron.inference.memory import return_freed_memory
 from cistron.inference.score import SequenceScore, score_sequences
 from cistron.models.base import SequenceModel
 
@@ -24,6 +25,9 @@ ResultT = TypeVar("ResultT")
 
 BATCH_SLOTS: Final = 64
 """A batch has this many slots, which stand for the token budget; it is also the most calls that one batch merges."""
+
+RETURN_INTERVAL_S: Final = 30.0
+"""Seconds between two times that memory is given back: it takes tens of milliseconds, in which a batch waits."""
 
 _OPERATIONS: Final[dict[str, Callable[..., Sequence[Result]]]] = {
     "score": score_sequences,
@@ -108,6 +112,7 @@ class Worker:
     def __init__(self, *, on_wait: Callable[[float], None]) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._on_wait = on_wait
+        self._last_return = time.monotonic()
 
     async def run(self, work: Callable[[], ResultT]) -> ResultT:
         """Run `work` in the thread and return its result; a cancelled caller's work does not start."""
@@ -117,4 +122,13 @@ class Worker:
             self._on_wait(time.monotonic() - submitted)
             return work()
 
-        return await asyncio.get_running_loop().run_in_executor(self._executor, timed)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, timed)
+        finally:
+            self._return_freed_memory()
+
+    def _return_freed_memory(self) -> None:
+        """Do so after the answer and seldom, so that nobody waits for it and little time goes into it."""
+        if (now := time.monotonic()) - self._last_return >= RETURN_INTERVAL_S:
+            self._last_return = now
+            self._executor.submit(return_freed_memory)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cistron.tokenizers import ESM2_TOKENS, ByteTokenizer, ProteinTokenizer
+from cistron.tokenizers import ESM2_TOKENS, TOKENIZERS, ByteTokenizer, ProteinTokenizer
 
 
 def test_bytes_are_their_own_ids():
@@ -30,6 +30,15 @@ def test_protein_round_trip_with_masks_at_the_ends():
     assert ids.dtype == np.int64
     assert ids.tolist() == [0, 32, 20, 15, 32, 32, 5, 32, 2]
     assert tokenizer.decode(ids) == text
+
+
+def test_letters_are_nucleotides_or_residues():
+    assert TOKENIZERS["esm2"].num_letters("<mask>MK-<mask>") == 5
+    assert TOKENIZERS["evo2"].num_letters("ACGT@N") == 6
+    assert {name: type(tokenizer) for name, tokenizer in TOKENIZERS.items()} == {
+        "evo2": ByteTokenizer,
+        "esm2": ProteinTokenizer,
+    }
 
 
 def test_letters_outside_the_vocabulary_become_unknown():

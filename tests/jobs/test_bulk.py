@@ -218,6 +218,22 @@ def test_a_part_that_kills_its_actors_is_given_up(files: Path):
         actor(block)
 
 
+def test_a_worker_returns_freed_memory_after_each_part(files: Path, monkeypatch: pytest.MonkeyPatch):
+    events: list[str] = []
+    monkeypatch.setattr("cistron_jobs.bulk.worker.return_freed_memory", lambda: events.append("returned"))
+    folder = PartsFolder(str(files / "out.parquet"))
+    folder.claim({}, restart=False)
+
+    def compute(model: SequenceModel, part: pa.Table) -> pa.Table:
+        events.append("computed")
+        return part
+
+    worker = PartWorker(config(files, cls=CountConfig), "cpu", compute, folder).open()
+    for number in range(2):
+        worker(number, pa.table({"n": [1]}))
+    assert events == ["computed", "returned"] * 2
+
+
 def test_a_worker_reorders_the_weights_once(files: Path):
     folder = PartsFolder(str(files / "out.parquet"))
     folder.claim({}, restart=False)

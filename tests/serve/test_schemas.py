@@ -149,6 +149,19 @@ def test_the_door_names_what_is_wrong(check: Any, got: Any, status: int, code: s
     assert "AAAA" not in refusal.value.detail
 
 
+def test_too_much_for_the_model_says_what_makes_it_less() -> None:
+    dna, protein = card(max_forward_tokens=100), card("esm2", max_forward_tokens=100)
+    for model, check, request, remedy in (
+        (dna, check_score, score_request("A" * 60, reverse_complement=True), "ask for one strand"),
+        (dna, check_score, score_request("A" * 60, "C" * 60), "split it into several requests"),
+        (protein, check_score, score_request("M" * 60), "ask for a smaller window"),
+        (protein, check_embed, embed_request("M" * 90), "ask for a smaller window"),
+        (protein, check_embed, embed_request("M" * 40, "M" * 40), "split it into several requests"),
+    ):
+        with pytest.raises(ApiError, match=f"tokens through the model are more than .* = 100; {remedy}"):
+            check(model, request)
+
+
 def test_the_door_opens_at_the_limits_and_counts_passes() -> None:
     assert check_score(card(max_sequences=2, max_tokens=200), score_request("A" * 100, "C" * 100)) == 200
     assert check_score(card(), score_request("A" * 10, reverse_complement=True)) == 20

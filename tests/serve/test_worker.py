@@ -90,6 +90,23 @@ def test_work_runs_in_one_thread_in_order_and_reports_its_wait() -> None:
     asyncio.run(scenario())
 
 
+def test_freed_memory_is_returned_behind_the_answers_and_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    monkeypatch.setattr(worker, "return_freed_memory", lambda: events.append("returned"))
+
+    async def scenario(interval: float, answers: int) -> list[Any]:
+        events.clear()
+        monkeypatch.setattr(worker, "RETURN_INTERVAL_S", interval)
+        thread = Worker(on_wait=lambda seconds: None)
+        for number in range(answers):
+            await thread.run(lambda number=number: events.append(number))
+        await thread.run(lambda: events.append("last"))
+        return events[: events.index("last")]
+
+    assert asyncio.run(scenario(0.0, 2)) == [0, "returned", 1, "returned"]
+    assert asyncio.run(scenario(60.0, 2)) == [0, 1]
+
+
 def test_tokens_become_full_chunks_per_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "CHUNK_TOKENS", 3)
 

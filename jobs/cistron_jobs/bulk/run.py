@@ -2,8 +2,8 @@
 
 The input is read once before anything starts, so that a bad record is named at once and not after hours, and cut into
 numbered parts. Finished parts lie as files beside the output until all are there and become the one output. The same
-command after a kill computes what is missing: neither how the run was cut short nor how many actors there were shows in
-the result.
+command after a kill computes what is missing: neither how the run was cut short nor how many actors there were, each
+with as many cores, shows in the result.
 """
 
 from __future__ import annotations

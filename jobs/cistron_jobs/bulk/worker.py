@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from cistron.errors import CapabilityError
+from cistron.inference.memory import return_freed_memory
 from cistron.models.base import SequenceModel
 from cistron.models.layers.linear import reorder_weights
 from cistron_jobs.bulk.folder import PartsFolder
@@ -72,6 +73,7 @@ class OpenPartWorker:
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
             raise CapabilityError(f"part {number} does not fit into the GPU; lower token_budget ({reason})") from error
+        return_freed_memory()
         tokens, positions = meter.take()
         return PartReport(number, records.num_rows, tokens, positions, _place(model))
 

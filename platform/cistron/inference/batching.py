@@ -1,7 +1,8 @@
-"""Requests to padded batches, and the checks at the door that every kind of request shares.
+"""Requests to batches, padded or packed, and the checks at the door that every kind of request shares.
 
-Batches are filled by a budget of tokens, padding included, from sequences sorted by length, so padding is rare. Which
-sequences share a batch never changes a result: padding is masked, and results go back to the order of the request.
+Batches are filled by a budget of tokens, padding included, from sequences sorted by length, so that padded ones hold
+little padding. Which sequences share a batch never changes a result: padding is masked, packed sequences do not see
+each other, and results go back to the order of the request.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def checked_sequences(
         checked.append(model.tokenizer.validate(sequence, name=name, max_length=limit))
     if not checked:
         raise InputError(f"{what}s: the request is empty")
-    longest, trained = max(map(len, checked)), config_of(model).max_length
+    longest, trained = max(map(model.tokenizer.num_letters, checked)), config_of(model).max_length
     if limited and whole and longest > trained:
         logger.warning("%s reads a sequence of %d residues, but was trained on %d", model.family, longest, trained)
     return checked

@@ -16,6 +16,7 @@ there a window in the middle has none.
 from __future__ import annotations
 
 import logging
+from numbers import Integral
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -46,11 +47,13 @@ class ProteinWindow(NamedTuple):
 
 
 def check_window(model: SequenceModel, window: int | None) -> None:
-    """Raise ``InputError`` for a window without a residue, or any window with a model that does not read proteins."""
+    """Raise ``InputError`` for a window that is no number of residues, or any with a model that reads no proteins."""
     if window is None:
         return
     if model.family != "esm2":
         raise InputError(f"window applies to protein models, and this is {model.family}")
+    if not isinstance(window, Integral):
+        raise InputError(f"window must be a whole number of residues, got {window!r}")
     if window < 1:
         raise InputError(f"window must be at least 1 residue, got {window}")
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from cistron.alphabets import AMINO_ACIDS, STANDARD_AMINO_ACIDS
+from cistron.alphabets import AMINO_ACIDS, STANDARD_AMINO_ACIDS, validate_protein
 from cistron.errors import InputError
 from cistron.inference.batching import TOKEN_BUDGET, check_token_budget, length_sorted_batches, packed
 from cistron.inference.finite import without_nan
@@ -61,8 +61,8 @@ def substitution_matrix(
 
     Raises:
         InputError: the model is not ESM-2, an unknown strategy, a position that is outside or no integer, or a window
-            without a residue.
-        SequenceError: the wild type is not a protein, or holds ``<mask>``.
+            that is no number of residues.
+        SequenceError: the wild type is not a protein, or holds ``<mask>`` or gaps.
     """
     check_token_budget(token_budget)
     if strategy not in get_args(MarginalStrategy):
@@ -98,12 +98,10 @@ def score_substitutions(
 
     Raises:
         InputError: an unknown strategy, or a variant that is malformed or contradicts the wild type.
-        SequenceError: the wild type is not a protein, or holds ``<mask>``.
+        SequenceError: the wild type is not a protein, or holds ``<mask>`` or gaps.
     """
     if strategy not in get_args(ProteinStrategy):
         raise InputError(f"strategy must be one of {', '.join(get_args(ProteinStrategy))}, got {strategy!r}")
-    if not isinstance(reference, str):
-        raise InputError(f"reference must be the wild-type protein sequence, got a {type(reference).__name__}")
     wild_type = _wild_type(model, reference, name="reference")
     parsed = [parse_variant(variant, wild_type, name=f"variant {index}") for index, variant in enumerate(variants)]
     if strategy == "pseudo-ppl":
@@ -116,6 +114,9 @@ def score_substitutions(
 def _wild_type(model: SequenceModel, sequence: str, *, name: str) -> str:
     if model.family != "esm2":
         raise InputError(f"substitutions of residues need an ESM-2 model, and this is {model.family}")
+    if not isinstance(sequence, str):
+        raise InputError(f"{name} must be the wild-type protein sequence, got a {type(sequence).__name__}")
+    validate_protein(sequence, name=name)  # The tokenizer reads gaps, but positions would count them.
     wild_type = model.tokenizer.validate(sequence, name=name)
     check_unmasked(wild_type, name=name)
     return wild_type

@@ -14,6 +14,7 @@ from cistron.inference.contacts import predict_contacts
 from cistron.inference.embed import embed_sequences
 from cistron.inference.masked import pseudo_perplexity
 from cistron.inference.score import score_sequences
+from cistron.inference.variants import score_variants
 
 DOORS: Sequence[Callable[..., Any]] = (embed_sequences, score_sequences, pseudo_perplexity, predict_contacts)
 DNA = "ACGTTGCANGTACGATCGATTACGGATCGA"
@@ -35,7 +36,10 @@ DNA = "ACGTTGCANGTACGATCGATTACGGATCGA"
         ("   ", "letter ' ' at position 1"),
         ("MKÄT", "letter 'Ä' at position 3"),
         ("MK<pad>", "letter '<' at position 3"),
-        (DNA, "sequence 1: this looks like DNA, and the model reads proteins: translate it first"),
+        (
+            DNA,
+            r"sequence 1: this looks like DNA, .*: translate it first \(30 of its 30 letters are A, C, G, T, U or N\)",
+        ),
         (DNA.lower(), "this looks like DNA"),
         (DNA.replace("T", "U"), "this looks like DNA"),
         ("MKT" * 20 + ">", "letter '>' at position 61"),
@@ -95,6 +99,24 @@ def test_nothing_but_masks():
     assert np.isfinite(result.vectors[-1]).all()
     with pytest.raises(SequenceError, match="sequence 0: <mask> at position 1 has no residue to score"):
         score_sequences(model, ["<mask>" * 5])
+
+
+def test_a_mask_is_one_residue_wherever_residues_are_counted(caplog: pytest.LogCaptureFixture):
+    model = tiny_esm2(max_position_embeddings=14)
+    assert embed_sequences(model, ["<mask>" * 10])[0].num_tokens == 10
+    predict_contacts(model, ["<mask>" * 10])
+    assert not caplog.records
+    predict_contacts(model, ["<mask>" * 11])
+    assert "a sequence of 11 residues, but was trained on 10" in caplog.text
+
+
+def test_the_longest_known_protein_has_variants_in_its_middle_and_at_its_end():
+    model = tiny_esm2(num_hidden_layers=1, max_position_embeddings=132)
+    titin = "MKTAYIAKQR" * 3500
+    found = score_variants(model, ["M17501A", "R35000K"], titin)["score"].to_pylist()
+    middle = score_variants(model, ["M65A"], titin[17500 - 64 : 17500 + 64])["score"].to_pylist()
+    end = score_variants(model, ["R128K"], titin[-128:])["score"].to_pylist()
+    assert found == pytest.approx([*middle, *end], abs=1e-5)
 
 
 def test_the_longest_known_protein_is_read_to_its_end():

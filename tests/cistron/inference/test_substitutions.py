@@ -161,6 +161,9 @@ def test_pseudo_likelihoods_of_long_proteins_are_of_windows():
         ("MKT*", {}, SequenceError, "sequence: letter '[*]' at position 4"),
         ("", {}, SequenceError, "sequence: the sequence is empty"),
         ("MK<mask>T", {}, SequenceError, "sequence: <mask> at position 3 has no residue to score"),
+        ("MK-T", {}, SequenceError, "sequence: letter '-' at position 3 .*; remove alignment gaps"),
+        (None, {}, InputError, "sequence must be the wild-type protein sequence, got a NoneType"),
+        ("MKT", {"window": "8"}, InputError, "window must be a whole number of residues, got '8'"),
         ("ACGT" * 10, {}, SequenceError, "sequence: this looks like DNA"),
         (
             "MKT",

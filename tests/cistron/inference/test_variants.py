@@ -227,7 +227,9 @@ def test_pseudo_ppl_is_the_change_in_pseudo_log_likelihood():
         ([("c", 1, "A", "C")], WILD_TYPE, {}, "variant 0: must be a string such as 'A23T'"),
         (["K2A"], {"a": WILD_TYPE}, {}, "reference must be the wild-type protein sequence, got a dict"),
         (["K2A"], WILD_TYPE, {"strategy": "delta"}, "strategy must be one of masked-marginal, wt-marginal, pseudo-ppl"),
+        (["K2A"], Path("wild_type.fa"), {}, "reference must be the wild-type protein sequence, got a PosixPath"),
         (["K2A"], WILD_TYPE, {"window": 0}, "window must be at least 1 residue"),
+        (["K2A"], WILD_TYPE, {"window": 40.0}, "window must be a whole number of residues, got 40.0"),
         (["K2A"], WILD_TYPE, {"reverse_complement": True}, "reverse_complement applies to DNA models"),
     ],
 )
@@ -237,6 +239,8 @@ def test_bad_protein_requests(variants: list[Any], reference: Any, options: dict
 
 
 def test_a_wild_type_that_is_no_protein():
+    with pytest.raises(SequenceError, match=r"reference: letter '\.' at position 9 .*; remove alignment gaps"):
+        score_variants(tiny_esm2(), ["P1A"], "proteins.fa")
     with pytest.raises(SequenceError, match=r"reference: letter '\*' at position 4"):
         score_variants(tiny_esm2(), ["K2A"], "MKT*")
 
