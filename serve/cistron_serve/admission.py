@@ -41,7 +41,8 @@ def check_score(card: ModelCard, request: ScoreRequest) -> int:
         _check_absent(request.sequences, TAG_DELIMITER, "begins a tag, which has no reverse complement")
     passes, size = 2 if request.reverse_complement else 1, _window(card, request.window)
     forward = sum(length * (min(length, size) + 2) if card.family == "esm2" else length * passes for length in lengths)
-    _check_forward(card, forward, lengths)
+    smaller = "ask for a smaller window" if card.family == "esm2" else "ask for one strand"
+    _check_forward(card, forward, lengths, alone=smaller)
     return forward
 
 
@@ -67,7 +68,8 @@ def check_embed(card: ModelCard, request: EmbedRequest) -> int:
     if card.family != "esm2":
         return sum(lengths)
     forward = sum(num_windows(length, window=size) * (min(length, size) + 2) for length in lengths)
-    _check_forward(card, forward, lengths)
+    # Every residue is in two windows; of larger ones there are fewer, each with two tokens of its own.
+    _check_forward(card, forward, lengths, alone="ask for a larger window")
     return forward
 
 
@@ -141,11 +143,9 @@ def _check_absent(sequences: Sequence[str], text: str, reason: str) -> None:
             raise ApiError(422, "sequence.invalid", detail, param=f"sequences[{index}]")
 
 
-def _check_forward(card: ModelCard, tokens: int, lengths: Sequence[int]) -> None:
-    """Refuse more tokens through the model than are allowed; a single sequence cannot be split."""
-    alone = "ask for a smaller window" if card.family == "esm2" else "ask for one strand"
-    remedy = alone if len(lengths) == 1 else _SPLIT
-    most = card.limits.max_forward_tokens
+def _check_forward(card: ModelCard, tokens: int, lengths: Sequence[int], *, alone: str) -> None:
+    """Refuse more tokens through the model than are allowed; `alone` is the remedy where nothing can be split."""
+    remedy, most = alone if len(lengths) == 1 else _SPLIT, card.limits.max_forward_tokens
     _check_total(tokens, most, "tokens through the model", "max_forward_tokens", remedy=remedy)
 
 

@@ -154,12 +154,14 @@ def test_too_much_for_the_model_says_what_makes_it_less() -> None:
     for model, check, request, remedy in (
         (dna, check_score, score_request("A" * 60, reverse_complement=True), "ask for one strand"),
         (dna, check_score, score_request("A" * 60, "C" * 60), "split it into several requests"),
-        (protein, check_score, score_request("M" * 60), "ask for a smaller window"),
-        (protein, check_embed, embed_request("M" * 90), "ask for a smaller window"),
+        (protein, check_score, score_request("M" * 30), "ask for a smaller window"),
+        (protein, check_embed, embed_request("M" * 36, window=1), "ask for a larger window"),
         (protein, check_embed, embed_request("M" * 40, "M" * 40), "split it into several requests"),
     ):
         with pytest.raises(ApiError, match=f"tokens through the model are more than .* = 100; {remedy}"):
             check(model, request)
+    check_score(protein, score_request("M" * 30, window=1))
+    check_embed(protein, embed_request("M" * 36, window=8))
 
 
 def test_the_door_opens_at_the_limits_and_counts_passes() -> None:

@@ -49,7 +49,7 @@ _RESIDUE: Final = rf"[{AMINO_ACIDS}]|{'|'.join(THREE_LETTERS)}"
 _ANY_CASE: Final = re.IGNORECASE | re.ASCII
 _SUBSTITUTION: Final = re.compile(rf"({_RESIDUE})(0|[1-9][0-9]{{0,8}})({_RESIDUE}|=)", _ANY_CASE)
 _STOP: Final = re.compile(rf"(?:(?:{_RESIDUE})[0-9]+)(?:\*|Ter)|(?:\*|Ter)[0-9]+.*", _ANY_CASE)
-_LETTERS: Final = re.compile(r"(\D)[0-9]+(\D)")
+_ANY_LETTERS: Final = re.compile(r"(\D)[0-9]+(\D)")
 _OTHER_CHANGE: Final = re.compile(r"fs|del|ins|dup|ext")
 
 
@@ -157,7 +157,7 @@ def _unreadable(word: str) -> VariantProblem:
         return VariantProblem("not_a_substitution", f"{word} {reason}")
     if _OTHER_CHANGE.search(word):
         return VariantProblem("not_a_substitution", f"{word} is no substitution; only replaced residues can be scored")
-    letters = _LETTERS.fullmatch(word)
+    letters = _ANY_LETTERS.fullmatch(word)
     if letters and (unknown := [letter for letter in letters.groups() if letter.upper() not in AMINO_ACIDS]):
         reason = f"{unknown[0]!r} is no residue (allowed: {AMINO_ACIDS})"
         return VariantProblem("malformed", f"cannot read {word!r}: {reason}")
