@@ -10,10 +10,9 @@ from pydantic import PositiveInt, model_validator
 
 from cistron.errors import InputError, nearest
 from cistron.inference.batching import TOKEN_BUDGET
-from cistron.inference.masked import check_unmasked
 from cistron.inference.protein_variants import VariantProblem, find_substitutions
 from cistron.inference.protein_windows import residues_per_window
-from cistron.inference.substitutions import ProteinStrategy
+from cistron.inference.substitutions import ProteinStrategy, check_wild_type
 from cistron.io.tables import Column, read_rows
 from cistron_jobs.bulk.config import BulkConfig
 from cistron_jobs.bulk.cut import cut
@@ -153,7 +152,7 @@ def _proteins(config: ProteinVariantsConfig) -> dict[str, str]:
 
     Raises:
         InputError: two of one name.
-        SequenceError: a record that is no protein, or holds an unknown residue.
+        SequenceError: a record that is no protein, or holds an unknown residue or gaps.
     """
     proteins: dict[str, str] = {}
     lines: dict[str, int] = {}
@@ -166,7 +165,7 @@ def _proteins(config: ProteinVariantsConfig) -> dict[str, str]:
 
 
 def _check(sequence: str, place: str) -> None:
-    check_unmasked(sequence, name=place)
+    check_wild_type(sequence, name=place)
 
 
 def _only_name(config: ProteinVariantsConfig, proteins: Mapping[str, str], record: int) -> str:

@@ -196,6 +196,7 @@ def test_one_protein_needs_no_column_and_a_table_of_assays_is_read(files: Path):
         (("input=none.tsv",), InputError, "input: no such file: none.tsv"),
         (("reference=twice.faa",), InputError, r"two records are named 'a' \(lines 1 and 3\): which is meant"),
         (("reference=masked.faa",), SequenceError, "masked.faa, line 1, record 'a': <mask> at position 2"),
+        (("reference=gaps.faa",), SequenceError, "gaps.faa, line 1, record 'a': letter '-' at position 3 .*; remove"),
         (("reference=dna.fa",), SequenceError, "this looks like DNA, and the model reads proteins: translate it first"),
         (("input=bare.tsv",), InputError, "bare.tsv, row 1: protein is missing, and .* holds 3 proteins"),
         (("input=other.tsv",), InputError, r"there is no column 'variant' \(found: a, b\)"),
@@ -208,6 +209,7 @@ def test_bad_requests_leave_nothing(
     write_table(files / "v.tsv", [*VARIANTS, ("c", "E1K")])
     (files / "twice.faa").write_text(">a\nMKT\n>a\nMKV\n")
     (files / "masked.faa").write_text(">a\nM<mask>T\n")
+    (files / "gaps.faa").write_text(">a\nMK-T\n")
     (files / "dna.fa").write_text(f">a\n{'ACGTTGCAGT' * 8}\n")
     (files / "bare.tsv").write_text("variant\nM1V\n")
     (files / "other.tsv").write_text("a\tb\n1\t2\n")

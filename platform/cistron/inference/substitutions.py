@@ -116,10 +116,15 @@ def _wild_type(model: SequenceModel, sequence: str, *, name: str) -> str:
         raise InputError(f"substitutions of residues need an ESM-2 model, and this is {model.family}")
     if not isinstance(sequence, str):
         raise InputError(f"{name} must be the wild-type protein sequence, got a {type(sequence).__name__}")
-    validate_protein(sequence, name=name)  # The tokenizer reads gaps, but positions would count them.
     wild_type = model.tokenizer.validate(sequence, name=name)
-    check_unmasked(wild_type, name=name)
+    check_wild_type(wild_type, name=name)
     return wild_type
+
+
+def check_wild_type(protein: str, *, name: str) -> None:
+    """Raise ``SequenceError`` where a protein that ESM-2 reads has ``<mask>``, or gaps, which positions would count."""
+    check_unmasked(protein, name=name)
+    validate_protein(protein, name=name)
 
 
 def _checked_positions(positions: Sequence[int], *, length: int) -> NDArray[np.int64]:
